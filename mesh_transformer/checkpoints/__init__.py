@@ -1,0 +1,1 @@
+"""Checkpoints: the native format of this library, and the formats of others."""
