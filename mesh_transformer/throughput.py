@@ -1,0 +1,101 @@
+"""What training costs in floating-point operations, and how much of the hardware's peak it uses.
+
+Model FLOPs utilisation (MFU) after PaLM, arXiv:2204.02311, appendix B:
+
+    MFU = tokens per second x FLOPs per token / peak FLOPs per second of all devices
+    FLOPs per token = 6 N + 12 L H K T
+
+N counts the weights that multiply activations: attention, feed-forward and output projections. The
+embedding and learned positions are looked up, not multiplied, and count nothing; biases and norms
+are left out as well. 12 L H K T is attention as if every token saw all T tokens: like PaLM it is
+not halved for the causal mask. Recomputation (rematerialisation) is work, but not the model's, and
+is not counted.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Protocol
+
+
+class ModelSizes(Protocol):
+    """The sizes that cost depends on, as `config.ModelConfig` has them."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def d_head(self) -> int: ...
+    @property
+    def d_ff(self) -> int: ...
+    @property
+    def n_vocab(self) -> int: ...
+    @property
+    def seq(self) -> int: ...
+
+
+def matmul_parameters(model: ModelSizes) -> int:
+    """Count the weights that multiply activations in a GPT-J decoder: N of the formula above."""
+    attention = 4 * model.d_model * model.n_heads * model.d_head
+    feed_forward = 2 * model.d_model * model.d_ff
+    return model.layers * (attention + feed_forward) + model.d_model * model.n_vocab
+
+
+def train_flops_per_token(model: ModelSizes) -> float:
+    """Count the operations of forward and backward pass per trained token: 6 N + 12 L H K T."""
+    attention = 12 * model.layers * model.n_heads * model.d_head * model.seq
+    return float(6 * matmul_parameters(model) + attention)
+
+
+def mfu(
+    tokens_per_second: float, flops_per_token: float, peak_flops_per_second: float | None
+) -> float | None:
+    """Fraction of the peak that the model's own arithmetic uses; None where the peak is unknown."""
+    if peak_flops_per_second is None:
+        return None
+    return tokens_per_second * flops_per_token / peak_flops_per_second
+
+
+# Dense peaks in FLOP/s, bfloat16 in and float32 accumulated (float16 where there is no bfloat16), of
+# one JAX device: a core on TPU v2, v3 and 7x (two to a chip), a chip on the others.
+# TPU: cloud.google.com/tpu/docs, one page a version. NVIDIA: data sheets, "with sparsity" halved.
+_PEAKS: tuple[tuple[str, float], ...] = (
+    (r"TPU v2", 45e12 / 2),
+    (r"TPU v3", 123e12 / 2),
+    (r"TPU v4", 275e12),
+    (r"TPU v5 lite|TPU v5e", 197e12),
+    (r"TPU v5p?", 459e12),
+    (r"TPU v6 lite|TPU v6e", 918e12),
+    (r"TPU7x", 2307e12 / 2),
+    (r".*\bGB200\b.*", 2500e12),
+    (r".*\bB200\b.*", 2250e12),
+    (r".*\bH200 NVL\b.*", 835e12),
+    (r".*\b(H200|GH200)\b.*", 989e12),
+    (r".*\bH100 PCIe\b.*", 756e12),
+    (r".*\bH100 NVL\b.*", 835e12),
+    (r".*\bH100\b.*", 989e12),
+    (r".*\bA100\b.*", 312e12),
+    (r".*\bL40S\b.*", 362e12),
+    (r".*\bL4\b.*", 121e12),
+    (r".*\bA10G\b.*", 70e12),
+    (r".*\bV100\b.*", 125e12),
+    (r".*\bT4\b.*", 65e12),
+    (r".*\bRTX 4090\b.*", 165.2e12),
+    (r".*\bRTX 3090\b.*", 71e12),
+)
+
+
+def peak_flops_per_device(device_kind: str) -> float | None:
+    """Peak bfloat16 FLOP/s of a device by its `jax.Device.device_kind`; None where it is not known.
+
+    A slice of a GPU (MIG) has a peak of its own that its name does not tell: None.
+    """
+    if re.search(r"\bMIG\b", device_kind):
+        return None
+    for pattern, peak in _PEAKS:
+        if re.fullmatch(pattern, device_kind, flags=re.IGNORECASE):
+            return peak
+    return None

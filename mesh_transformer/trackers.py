@@ -1,0 +1,221 @@
+"""Outside viewers of a run's metrics: TensorBoard event files and Weights & Biases.
+
+Every tracker is given the same names and values as the metrics log. A tracker that cannot start
+stops the run with a `TrackerError` that says what to do; it is never left out in silence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import struct
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from mesh_transformer import storage
+
+log = logging.getLogger(__name__)
+
+NAMES = ("tensorboard", "wandb")
+
+
+class TrackerError(ValueError):
+    """Raised when a tracker that the configuration asks for cannot start."""
+
+
+class Tracker(Protocol):
+    """Somewhere that scalars are sent to as the run goes."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Send the scalars of a step."""
+        ...
+
+    def flush(self) -> None:
+        """Make what was written so far durable where the tracker keeps it."""
+        ...
+
+    def close(self) -> None:
+        """End the run there."""
+        ...
+
+
+def start(
+    names: Sequence[str],
+    root: str,
+    *,
+    step: int,
+    project: str,
+    run_name: str,
+    config: Mapping[str, Any],
+) -> list[Tracker]:
+    """Start the trackers asked for by name.
+
+    Args:
+        names: Of `NAMES`.
+        root: The run's folder, local or remote.
+        step: The step that the run goes on from; 0 begins a new one.
+        project: W&B project.
+        run_name: W&B run name.
+        config: The run's configuration, shown by W&B.
+
+    Raises:
+        TrackerError: A name is unknown, a package is missing or a service refuses.
+    """
+    trackers: list[Tracker] = []
+    with contextlib.ExitStack() as started:
+        for name in names:
+            if name == "tensorboard":
+                tracker: Tracker = TensorBoard(storage.join(root, "tensorboard"), step)
+            elif name == "wandb":
+                tracker = WandB(root, step=step, project=project, name=run_name, config=config)
+            else:
+                raise TrackerError(f"trackers: {name!r} is not one of {', '.join(NAMES)}")
+            started.callback(tracker.close)
+            trackers.append(tracker)
+        started.pop_all()
+    return trackers
+
+
+class WandB:
+    """Weights & Biases; a resumed run goes on under the id kept in the run's folder."""
+
+    def __init__(
+        self, root: str, *, step: int, project: str, name: str, config: Mapping[str, Any]
+    ) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise TrackerError(
+                'trackers: "wandb" needs a package: pip install "mesh-transformer[wandb]"'
+            ) from error
+        id_path = storage.join(root, "wandb_id.txt")
+        if step and storage.exists(id_path):
+            run_id = storage.read_text(id_path).strip()
+        else:
+            run_id = secrets.token_hex(4)
+            storage.write_text_atomically(id_path, run_id + "\n")
+        folder = tempfile.gettempdir() if storage.is_remote(root) else root
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=name,
+                id=run_id,
+                resume="allow",
+                config=dict(config),
+                dir=folder,
+            )
+        except wandb.errors.Error as error:
+            raise TrackerError(
+                f"trackers: W&B did not start: {error}. Log in with `wandb login`, or set "
+                "WANDB_MODE=offline to keep the run on this machine"
+            ) from error
+        # W&B's own step never goes back, a resumed run does: plot over our step instead.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Send the scalars of a step."""
+        self._run.log({"step": step, **scalars})
+
+    def flush(self) -> None:
+        """Do nothing: W&B's own process sends as it can."""
+
+    def close(self) -> None:
+        """Wait until everything is sent."""
+        self._run.finish()
+
+
+class TensorBoard:
+    """TensorBoard event files, written as the format is: no package is needed to write them.
+
+    A file is a sequence of TFRecord frames, each an `Event` of tensorflow/core/util/event.proto. An
+    event with a SessionLog START tells TensorBoard to forget what it knows from that step on, so a
+    resumed run draws one line.
+    """
+
+    def __init__(self, folder: str, step: int) -> None:
+        self._folder = folder
+        self._name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        local = folder
+        if storage.is_remote(folder):
+            self._scratch = tempfile.TemporaryDirectory(prefix="mesh-transformer-")
+            local = self._scratch.name
+        self._local = storage.join(local, self._name)
+        self._file = storage.open(self._local, "wb")
+        self._append(_bytes_field(3, b"brain.Event:2"))
+        self._append(_int_field(2, step + 1) + _bytes_field(7, _int_field(1, 1)))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write the scalars of a step as one event."""
+        summary = b"".join(
+            _bytes_field(1, _bytes_field(1, tag.encode()) + _float_field(2, value))
+            for tag, value in scalars.items()
+        )
+        self._append(_int_field(2, step) + _bytes_field(5, summary))
+
+    def flush(self) -> None:
+        """Hand what was written to the file system, or put the file in its bucket."""
+        self._file.flush()
+        if self._scratch is not None:
+            data = storage.read_bytes(self._local)
+            storage.write_bytes_atomically(storage.join(self._folder, self._name), data)
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        self.flush()
+        self._file.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def _append(self, event: bytes) -> None:
+        event = b"\x09" + struct.pack("<d", time.time()) + event
+        length = struct.pack("<Q", len(event))
+        self._file.write(length + _masked_crc(length) + event + _masked_crc(event))
+
+
+def _varint(number: int) -> bytes:
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)
+
+
+def _int_field(tag: int, number: int) -> bytes:
+    return _varint(tag << 3) + _varint(number)
+
+
+def _float_field(tag: int, number: float) -> bytes:
+    return _varint(tag << 3 | 5) + struct.pack("<f", number)
+
+
+def _bytes_field(tag: int, content: bytes) -> bytes:
+    return _varint(tag << 3 | 2) + _varint(len(content)) + content
+
+
+def _crc32c_table() -> list[int]:
+    table = []
+    for byte in range(256):
+        for _ in range(8):
+            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
+        table.append(byte)
+    return table
+
+
+_CRC32C = _crc32c_table()
+
+
+def _masked_crc(content: bytes) -> bytes:
+    """Checksum a TFRecord field: CRC-32C, rotated and offset as the format asks."""
+    crc = 0xFFFFFFFF
+    for byte in content:
+        crc = crc >> 8 ^ _CRC32C[(crc ^ byte) & 0xFF]
+    crc ^= 0xFFFFFFFF
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
