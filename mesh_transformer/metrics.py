@@ -1,24 +1,9 @@
-"""The metrics log of a training run: `metrics.jsonl` in its folder, and what a person sees.
+"""The metrics of a training run: to its file, to a person, to trackers.
 
-One JSON object per line: one line for each optimizer step, one for each validation.
+But for timing, a run that was killed and resumed logs the lines of one that was not, to the bit.
+For that, a loop logs step s and its validations, and flushes, before it saves checkpoint s:
 
-    {"step": 7, "train/loss": ..., "train/last_loss": ..., "train/grad_norm": ...,
-     "train/micro_grad_norm": ..., "train/learning_rate": ...,
-     "sequences_processed": ..., "tokens_processed": ...,
-     "noise/G_noise": ..., "noise/S_noise": ..., "noise/G_noise_avg": ..., "noise/S_noise_avg": ...,
-     "noise/B_simple": ...,
-     "train/step_seconds": ..., "train/tokens_per_sec": ..., "train/mfu": ...}
-    {"step": 7, "val/loss_pile": ..., "val/accuracy_pile": ..., "val/bits_per_byte_pile": ...}
-
-Losses are in nats per token; noise scales, in sequences, are explained in `noise_scale`, MFU in
-`throughput`. null is a value that is not known. NaN and the infinities, which JSON lacks, are the
-strings "NaN", "Infinity" and "-Infinity".
-
-Numbers are written in full, so a run that was killed and resumed logs, but for `TIMING`, the lines
-of one that was not, to the bit. For that, a loop logs step s and its validations, and flushes,
-before it saves checkpoint s:
-
-    with MetricsLog(root, step=restored.step, total_steps=..., batch=BatchSizes(...)) as log:
+    with MetricsLog.for_run(config, step=restored.step, n_devices=8, device_kind="TPU v3") as log:
         for step in range(restored.step + 1, total_steps + 1):
             log.train(step, session.train(next(batches)))
             with log.paused():
@@ -29,30 +14,20 @@ before it saves checkpoint s:
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
-import json
 import logging
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from mesh_transformer import noise_scale, progress, storage, throughput
+from mesh_transformer import metrics_file, noise_scale, progress, storage, throughput, trackers
+from mesh_transformer.config import Config
 from mesh_transformer.session import Metrics
-from mesh_transformer.trackers import Tracker
 
 _logger = logging.getLogger(__name__)
-
-FILE_NAME = "metrics.jsonl"
-TIMING = ("train/step_seconds", "train/tokens_per_sec", "train/mfu")
-"""The fields that differ from one run to its repetition."""
-
-Line = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,39 +50,13 @@ class BatchSizes:
         return self.sequences * self.tokens_per_sequence
 
 
-def read(path: str) -> list[Line]:
-    """Read a metrics log; a last line that was cut off by a kill is left out.
-
-    Args:
-        path: The log, or the folder of the run it is in; local or remote.
-
-    Raises:
-        FileNotFoundError: There is no log.
-        ValueError: A line before the last is not JSON.
-    """
-    if not path.endswith(".jsonl"):
-        path = storage.join(path, FILE_NAME)
-    texts = storage.read_bytes(path).decode("utf-8", errors="replace").splitlines()
-    lines = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            if number == len(texts):
-                break
-            raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
-        lines.append({key: _number(value) for key, value in line.items()})
-    return lines
-
-
 class MetricsLog:
-    """Writes the metrics of a run to its log, to the console and to trackers.
+    """Writes the metrics of a run to its file, to the console and to trackers.
 
     A context manager; leaving it, by Ctrl-C too, closes the file and gives the terminal back.
 
     Args:
-        root: The run's folder, local or remote. For a remote one the log is written to a local file
-            and put in its bucket at each `flush`.
+        root: The run's folder, local or remote.
         total_steps: Where the run will end.
         batch: What one step takes in.
         step: The step that was restored. Lines of later steps are dropped, as those steps will be
@@ -115,7 +64,7 @@ class MetricsLog:
         noise_scale_alpha: Weight of the newest estimate in the running noise scale.
         flops_per_token: As `throughput.train_flops_per_token` counts; None leaves MFU unknown.
         peak_flops_per_second: Of all devices together; None leaves MFU unknown.
-        trackers: Started trackers (`trackers.start`); closed with the log.
+        sinks: Started trackers, closed with the log.
         shown: Shows the run to a person; by default a bar on a terminal, lines elsewhere.
         clock: Seconds that only go forward.
     """
@@ -130,7 +79,7 @@ class MetricsLog:
         noise_scale_alpha: float = 0.01,
         flops_per_token: float | None = None,
         peak_flops_per_second: float | None = None,
-        trackers: Sequence[Tracker] = (),
+        sinks: Sequence[trackers.Tracker] = (),
         shown: progress.Progress | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -139,17 +88,49 @@ class MetricsLog:
         self._batch = batch
         self._flops_per_token = flops_per_token
         self._peak_flops_per_second = peak_flops_per_second
-        self._trackers = trackers
-        self._pace = _Pace(clock)
-        self._closing = contextlib.ExitStack()
-        for tracker in trackers:
-            self._closing.callback(tracker.close)
+        self._sinks = sinks
+        self._pace = throughput.Pace(clock)
         self._noise = noise_scale.RunningAverage(alpha=noise_scale_alpha)
-        self._sequences = step * batch.sequences
-        self._tokens = step * batch.tokens
-        self._open(root, step)
-        self._progress = shown or progress.for_stream(total_steps, step)
-        self._closing.callback(self._progress.close)
+        with contextlib.ExitStack() as opened:
+            for sink in sinks:
+                opened.callback(sink.close)
+            path = storage.join(root, metrics_file.NAME)
+            self._go_on_from(path, metrics_file.drop_after(path, step))
+            self._file = metrics_file.MetricsFile(path)
+            opened.callback(self._file.close)
+            self._progress = shown or progress.for_stream(total_steps, step)
+            opened.callback(self._progress.close)
+            self._opened = opened.pop_all()
+
+    @classmethod
+    def for_run(cls, config: Config, *, step: int, n_devices: int, device_kind: str) -> MetricsLog:
+        """Open the log of a configured run, and start the trackers that it asks for.
+
+        Args:
+            config: The run.
+            step: The step that was restored; 0 begins a new log.
+            n_devices: Devices that the run trains on.
+            device_kind: Their `jax.Device.device_kind`, for their peak.
+
+        Raises:
+            trackers.TrackerError: A tracker cannot start.
+            storage.StorageError: The run's folder cannot be reached.
+        """
+        peak = throughput.peak_flops_per_device(device_kind)
+        return cls(
+            config.checkpoint.root,
+            total_steps=config.run.total_steps,
+            batch=BatchSizes(
+                sequences=config.sequences_per_step(n_devices),
+                micro_sequences=config.batch.per_replica_batch,
+                tokens_per_sequence=config.model.seq,
+            ),
+            step=step,
+            noise_scale_alpha=config.run.noise_scale_alpha,
+            flops_per_token=throughput.train_flops_per_token(config.model),
+            peak_flops_per_second=None if peak is None else n_devices * peak,
+            sinks=trackers.start(config, step),
+        )
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -236,47 +217,33 @@ class MetricsLog:
     def flush(self) -> None:
         """Make all lines so far durable, in the bucket for a remote run; call it before saving."""
         self._file.flush()
-        os.fsync(self._file.fileno())
-        if self._path != self._local_path:
-            storage.write_bytes_atomically(self._path, storage.read_bytes(self._local_path))
-        for tracker in self._trackers:
-            tracker.flush()
+        for sink in self._sinks:
+            sink.flush()
 
     def close(self) -> None:
         """Flush and close everything; a second call does nothing."""
-        self._closing.close()
+        self._opened.close()
 
-    def _open(self, root: str, step: int) -> None:
-        """Open the log for appending, with only the lines up to the restored step in it."""
-        self._path = self._local_path = storage.join(root, FILE_NAME)
-        if storage.is_remote(root):
-            scratch = tempfile.TemporaryDirectory(prefix="mesh-transformer-")
-            self._closing.callback(scratch.cleanup)
-            self._local_path = storage.join(scratch.name, FILE_NAME)
-        kept = [line for line in _read_if_there(self._path) if step and line["step"] <= step]
-        steps = [line for line in kept if "train/loss" in line]
-        if steps:
-            missing = step - steps[-1]["step"]
-            self._sequences = steps[-1]["sequences_processed"] + missing * self._batch.sequences
-            self._tokens = steps[-1]["tokens_processed"] + missing * self._batch.tokens
-        if step and (not steps or steps[-1]["step"] < step):
-            last = steps[-1]["step"] if steps else 0
-            _logger.warning("%s lacks steps %d to %d", self._path, last + 1, step)
+    def _go_on_from(self, path: str, lines: Sequence[metrics_file.Line]) -> None:
+        """Take up counts and noise averages where the lines up to the restored step leave them."""
+        steps = [line for line in lines if "train/loss" in line]
+        last = steps[-1] if steps else {"step": 0, "sequences_processed": 0, "tokens_processed": 0}
+        missing = self._step - last["step"]
+        if missing:
+            _logger.warning("%s lacks steps %d to %d", path, last["step"] + 1, self._step)
+        self._sequences = last["sequences_processed"] + missing * self._batch.sequences
+        self._tokens = last["tokens_processed"] + missing * self._batch.tokens
         for line in steps:
             self._take_noise(line["noise/G_noise"], line["noise/S_noise"])
-        storage.write_text_atomically(self._local_path, "".join(map(_json, kept)))
-        self._file = self._closing.enter_context(storage.open(self._local_path, "a"))
-        self._closing.callback(self.flush)
 
-    def _write(self, line: Line) -> None:
-        self._file.write(_json(line))
-        self._file.flush()
+    def _write(self, line: metrics_file.Line) -> None:
+        self._file.write(line)
         scalars = {name: value for name, value in line.items() if value is not None}
         step = scalars.pop("step")
-        for tracker in self._trackers:
-            tracker.write(step, scalars)
+        for sink in self._sinks:
+            sink.write(step, scalars)
 
-    def _noise_fields(self, metrics: Metrics) -> Line:
+    def _noise_fields(self, metrics: Metrics) -> dict[str, Any]:
         new = noise_scale.estimate(
             micro_grad_norm=float(metrics["micro_grad_norm"]),
             grad_norm=float(metrics["grad_norm"]),
@@ -306,7 +273,7 @@ class MetricsLog:
     def _show(self, metrics: Metrics) -> None:
         seconds = self._pace.recent_seconds
         rate = self._batch.tokens / seconds if seconds else None
-        wall = self._pace.wall_seconds_per_step
+        wall = self._pace.wall_seconds
         left = self._total_steps - self._step
         status = progress.Status(
             loss=float(metrics["loss"]),
@@ -316,66 +283,3 @@ class MetricsLog:
             eta_seconds=None if wall is None else wall * left,
         )
         self._progress.show(self._step, status)
-
-
-class _Pace:
-    """Seconds per step. The first step compiles, and starts the clock without being timed."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._first: float | None = None
-        self._last = 0.0
-        self._steps = 0
-        self._recent: collections.deque[float] = collections.deque(maxlen=20)
-
-    def tick(self) -> float | None:
-        """Note the end of a step; how long it took, or None for the first."""
-        now = self._clock()
-        if self._first is None:
-            self._first = self._last = now
-            return None
-        seconds, self._last = now - self._last, now
-        self._steps += 1
-        self._recent.append(seconds)
-        return seconds
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        start = self._clock()
-        try:
-            yield
-        finally:
-            self._last += self._clock() - start
-
-    @property
-    def recent_seconds(self) -> float | None:
-        """Mean of the last 20 steps."""
-        return sum(self._recent) / len(self._recent) if self._recent else None
-
-    @property
-    def wall_seconds_per_step(self) -> float | None:
-        """Mean since the first step, pauses included."""
-        if self._first is None or not self._steps:
-            return None
-        return (self._clock() - self._first) / self._steps
-
-
-def _read_if_there(path: str) -> list[Line]:
-    try:
-        return read(path)
-    except FileNotFoundError:
-        return []
-
-
-def _json(line: Line) -> str:
-    return json.dumps({key: _text(value) for key, value in line.items()}, allow_nan=False) + "\n"
-
-
-def _text(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-def _number(value: Any) -> Any:
-    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value

@@ -1,12 +1,10 @@
-"""The gradient noise scale: the batch size that a gradient is worth, from norms that are there
-anyway.
+"""The gradient noise scale: the batch size that a gradient is worth, from norms at two sizes.
 
-McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", arXiv:1812.06162, appendix
-A.1. A gradient averaged over b sequences has E |G_b|^2 = |G|^2 + S / b, with G the true gradient
-and S the trace of the covariance of one sequence's gradient. Two batch sizes give two equations,
-hence unbiased estimates of |G|^2 and S. Their running averages give the noise scale B_simple = S /
-|G|^2, in sequences: well below it a larger batch saves steps in proportion, well above it hardly
-any.
+McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", arXiv:1812.06162, A.1.
+A gradient averaged over b sequences has E |G_b|^2 = |G|^2 + S / b, with G the true gradient and S
+the trace of the covariance of one sequence's gradient. Two batch sizes give two equations, hence
+unbiased estimates of |G|^2 and S. Their running averages give the noise scale B_simple = S / |G|^2
+in sequences: well below it a larger batch saves steps in proportion, well above it hardly any.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Status(NamedTuple):
         parts = [f"loss {self.loss:.4f}"]
         if self.tokens_per_second is not None:
             parts.append(f"{_engineering(self.tokens_per_second)} tokens/s")
-        parts.append(f"lr {self.learning_rate:.2e}")
+        parts.append(f"lr {self.learning_rate:.1e}")
         if self.mfu is not None:
             parts.append(f"MFU {self.mfu:.1%}")
         if self.eta_seconds is not None:
@@ -90,8 +90,9 @@ class Bar:
         import rich.progress
 
         self._bar = rich.progress.Progress(
+            rich.progress.SpinnerColumn(),
             rich.progress.TextColumn("step {task.completed}/{task.total}"),
-            rich.progress.BarColumn(bar_width=24),
+            rich.progress.BarColumn(bar_width=16),
             rich.progress.TextColumn("{task.description}"),
             console=rich.console.Console(file=stream, highlight=False, markup=False),
         )

@@ -14,37 +14,22 @@ is not counted.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import re
-from typing import Protocol
+from collections.abc import Callable, Iterator
+
+from mesh_transformer.config import ModelConfig
 
 
-class ModelSizes(Protocol):
-    """The sizes that cost depends on, as `config.ModelConfig` has them."""
-
-    @property
-    def layers(self) -> int: ...
-    @property
-    def d_model(self) -> int: ...
-    @property
-    def n_heads(self) -> int: ...
-    @property
-    def d_head(self) -> int: ...
-    @property
-    def d_ff(self) -> int: ...
-    @property
-    def n_vocab(self) -> int: ...
-    @property
-    def seq(self) -> int: ...
-
-
-def matmul_parameters(model: ModelSizes) -> int:
+def matmul_parameters(model: ModelConfig) -> int:
     """Count the weights that multiply activations in a GPT-J decoder: N of the formula above."""
     attention = 4 * model.d_model * model.n_heads * model.d_head
     feed_forward = 2 * model.d_model * model.d_ff
     return model.layers * (attention + feed_forward) + model.d_model * model.n_vocab
 
 
-def train_flops_per_token(model: ModelSizes) -> float:
+def train_flops_per_token(model: ModelConfig) -> float:
     """Count the operations of forward and backward pass per trained token: 6 N + 12 L H K T."""
     attention = 12 * model.layers * model.n_heads * model.d_head * model.seq
     return float(6 * matmul_parameters(model) + attention)
@@ -59,8 +44,8 @@ def mfu(
     return tokens_per_second * flops_per_token / peak_flops_per_second
 
 
-# Dense peaks in FLOP/s, bfloat16 in and float32 accumulated (float16 where there is no bfloat16), of
-# one JAX device: a core on TPU v2, v3 and 7x (two to a chip), a chip on the others.
+# Dense peaks in FLOP/s, bfloat16 in and float32 accumulated (float16 where there is no bfloat16),
+# of one JAX device: a core on TPU v2, v3 and 7x (two to a chip), a chip on the others.
 # TPU: cloud.google.com/tpu/docs, one page a version. NVIDIA: data sheets, "with sparsity" halved.
 _PEAKS: tuple[tuple[str, float], ...] = (
     (r"TPU v2", 45e12 / 2),
@@ -99,3 +84,51 @@ def peak_flops_per_device(device_kind: str) -> float | None:
         if re.fullmatch(pattern, device_kind, flags=re.IGNORECASE):
             return peak
     return None
+
+
+class Pace:
+    """Seconds per step. The first step, which compiles, starts the clock and is not timed itself.
+
+    Args:
+        clock: Seconds that only go forward.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._first: float | None = None
+        self._last = 0.0
+        self._steps = 0
+        self._recent: collections.deque[float] = collections.deque(maxlen=20)
+
+    def tick(self) -> float | None:
+        """Note the end of a step; how long it took, or None for the first."""
+        now = self._clock()
+        seconds = now - self._last
+        self._last = now
+        if self._first is None:
+            self._first = now
+            return None
+        self._steps += 1
+        self._recent.append(seconds)
+        return seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of the `with` block out of the step it falls in."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._last += self._clock() - start
+
+    @property
+    def recent_seconds(self) -> float | None:
+        """Mean of the last 20 steps, pauses left out; None before the second step."""
+        return sum(self._recent) / len(self._recent) if self._recent else None
+
+    @property
+    def wall_seconds(self) -> float | None:
+        """Mean over all steps, pauses included; None before the second step."""
+        if self._first is None or not self._steps:
+            return None
+        return (self._clock() - self._first) / self._steps

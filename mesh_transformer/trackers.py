@@ -7,21 +7,18 @@ stops the run with a `TrackerError` that says what to do; it is never left out i
 from __future__ import annotations
 
 import contextlib
-import logging
+import math
 import os
 import secrets
 import socket
 import struct
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
 from mesh_transformer import storage
-
-log = logging.getLogger(__name__)
-
-NAMES = ("tensorboard", "wandb")
+from mesh_transformer.config import Config
 
 
 class TrackerError(ValueError):
@@ -44,55 +41,40 @@ class Tracker(Protocol):
         ...
 
 
-def start(
-    names: Sequence[str],
-    root: str,
-    *,
-    step: int,
-    project: str,
-    run_name: str,
-    config: Mapping[str, Any],
-) -> list[Tracker]:
-    """Start the trackers asked for by name.
+def start(config: Config, step: int) -> list[Tracker]:
+    """Start the trackers that a run asks for.
 
     Args:
-        names: Of `NAMES`.
-        root: The run's folder, local or remote.
+        config: The run; its `trackers`, where it is kept, and what W&B calls it.
         step: The step that the run goes on from; 0 begins a new one.
-        project: W&B project.
-        run_name: W&B run name.
-        config: The run's configuration, shown by W&B.
 
     Raises:
-        TrackerError: A name is unknown, a package is missing or a service refuses.
+        TrackerError: A package is missing or a service refuses.
     """
-    trackers: list[Tracker] = []
-    with contextlib.ExitStack() as started:
-        for name in names:
+    root = config.checkpoint.root
+    started: list[Tracker] = []
+    with contextlib.ExitStack() as stack:
+        for name in config.run.trackers:
             if name == "tensorboard":
-                tracker: Tracker = TensorBoard(storage.join(root, "tensorboard"), step)
-            elif name == "wandb":
-                tracker = WandB(root, step=step, project=project, name=run_name, config=config)
+                started.append(TensorBoard(storage.join(root, "tensorboard"), step))
             else:
-                raise TrackerError(f"trackers: {name!r} is not one of {', '.join(NAMES)}")
-            started.callback(tracker.close)
-            trackers.append(tracker)
-        started.pop_all()
-    return trackers
+                started.append(WandB(config, step))
+            stack.callback(started[-1].close)
+        stack.pop_all()
+    return started
 
 
 class WandB:
     """Weights & Biases; a resumed run goes on under the id kept in the run's folder."""
 
-    def __init__(
-        self, root: str, *, step: int, project: str, name: str, config: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, config: Config, step: int) -> None:
         try:
             import wandb
         except ImportError as error:
             raise TrackerError(
                 'trackers: "wandb" needs a package: pip install "mesh-transformer[wandb]"'
             ) from error
+        root = config.checkpoint.root
         id_path = storage.join(root, "wandb_id.txt")
         if step and storage.exists(id_path):
             run_id = storage.read_text(id_path).strip()
@@ -102,11 +84,12 @@ class WandB:
         folder = tempfile.gettempdir() if storage.is_remote(root) else root
         try:
             self._run = wandb.init(
-                project=project,
-                name=name,
+                project=config.run.wandb_project,
+                name=config.run.name,
+                notes=config.run.comment or None,
                 id=run_id,
                 resume="allow",
-                config=dict(config),
+                config=config.to_flat(),
                 dir=folder,
             )
         except wandb.errors.Error as error:
@@ -158,10 +141,10 @@ class TensorBoard:
             for tag, value in scalars.items()
         )
         self._append(_int_field(2, step) + _bytes_field(5, summary))
+        self._file.flush()
 
     def flush(self) -> None:
-        """Hand what was written to the file system, or put the file in its bucket."""
-        self._file.flush()
+        """Put the file of a remote run in its bucket; a local one is up to date."""
         if self._scratch is not None:
             data = storage.read_bytes(self._local)
             storage.write_bytes_atomically(storage.join(self._folder, self._name), data)
@@ -179,6 +162,9 @@ class TensorBoard:
         self._file.write(length + _masked_crc(length) + event + _masked_crc(event))
 
 
+_FLOAT32_MAX = 3.4028234663852886e38
+
+
 def _varint(number: int) -> bytes:
     encoded = bytearray()
     while number > 0x7F:
@@ -193,6 +179,8 @@ def _int_field(tag: int, number: int) -> bytes:
 
 
 def _float_field(tag: int, number: float) -> bytes:
+    if abs(number) > _FLOAT32_MAX:
+        number = math.copysign(math.inf, number)
     return _varint(tag << 3 | 5) + struct.pack("<f", number)
 
 
