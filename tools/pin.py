@@ -2,8 +2,8 @@
 
     python tools/pin.py OLD/bin/python NEW/bin/python > constraints.txt
 
-OLD is Python 3.11 (the last that JAX 0.10 supports and JAX 0.11 does not), NEW is the newest supported
-Python; both have every extra installed. Where the two differ, environment markers tell the pins apart.
+OLD runs Python 3.11, whose last JAX is 0.10; NEW runs the newest supported Python. Both hold every
+extra. Where they differ, environment markers tell the pins apart.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ UNPINNED = {"mesh-transformer", "pip", "setuptools", "wheel"}
 
 
 def installed(python: str) -> dict[str, str]:
-    """Return the version of each package that the given interpreter's environment holds, by normalised name."""
+    """Return the version of each package in an interpreter's environment, by normalised name."""
     freeze = [python, "-m", "pip", "freeze", "--exclude-editable"]
     lines = subprocess.run(freeze, check=True, capture_output=True, text=True).stdout.splitlines()
-    # A local version such as 2.13.0+cpu names one build of a release, which other machines may lack.
+    # A local version such as 2.13.0+cpu names one build, which other machines may lack.
     pins = (line.partition("+")[0].partition("==") for line in lines if "==" in line)
     named = {re.sub(r"[-_.]+", "-", name).lower(): version for name, _, version in pins}
     return {name: version for name, version in named.items() if name not in UNPINNED}
