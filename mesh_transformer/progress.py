@@ -29,7 +29,7 @@ class Status(NamedTuple):
     def __str__(self) -> str:
         parts = [f"loss {self.loss:.4f}"]
         if self.tokens_per_second is not None:
-            parts.append(f"{_engineering(self.tokens_per_second)} tokens/s")
+            parts.append(f"{_engineering(self.tokens_per_second)} tok/s")
         parts.append(f"lr {self.learning_rate:.1e}")
         if self.mfu is not None:
             parts.append(f"MFU {self.mfu:.1%}")
@@ -91,7 +91,7 @@ class Bar:
 
         self._bar = rich.progress.Progress(
             rich.progress.SpinnerColumn(),
-            rich.progress.TextColumn("step {task.completed}/{task.total}"),
+            rich.progress.TextColumn("{task.completed}/{task.total}"),
             rich.progress.BarColumn(bar_width=16),
             rich.progress.TextColumn("{task.description}"),
             console=rich.console.Console(file=stream, highlight=False, markup=False),
