@@ -1,0 +1,5 @@
+"""From text to batches of tokens: tokenizers, documents, packing, TFRecord files and their reader."""
+
+
+class DataError(ValueError):
+    """Something is wrong with a data set; the message names the file, the place and what to do."""

@@ -1,0 +1,230 @@
+"""Batches of token sequences for training and validation, in an order that only the files decide."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Generator, Iterator, Mapping
+
+import numpy as np
+
+from mesh_transformer.data import DataError, dataset, tfrecord
+from mesh_transformer.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """How far a data set has been read, counted in sequences: independent of the batch size.
+
+    Attributes:
+        epoch: How often the whole of it has been read before.
+        sample: Sequences read in this epoch.
+    """
+
+    epoch: int = 0
+    sample: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, object]) -> Position:
+        """Read what `to_json` made.
+
+        Raises:
+            DataError: The value is something else.
+        """
+        counts = [value.get("epoch"), value.get("sample")]
+        epoch, sample = (n if isinstance(n, int) and n >= 0 else None for n in counts)
+        if epoch is None or sample is None or len(value) != 2:
+            raise DataError(f'a data position needs counts "epoch" and "sample", found {value}')
+        return cls(epoch, sample)
+
+
+class RecordSet:
+    """The files of a data set, looked at once: their kind, their length, who made them.
+
+    Args:
+        index: An index file, or one .tfrecords file.
+        seq: Sequences must hold seq + 1 tokens.
+        n_vocab: Token ids must be below it.
+        tokenizer: Files that say they were made by another one are refused.
+
+    Raises:
+        DataError: A file is missing, not a TFRecord file, or was made for something else.
+    """
+
+    def __init__(self, index: str, *, seq: int, n_vocab: int, tokenizer: Tokenizer | None) -> None:
+        self.index = index
+        self.seq = seq
+        self.n_vocab = n_vocab
+        self.files = [tfrecord.inspect(path) for path in dataset.files_of(index)]
+        self._recorded: dict[str, int] = {}
+        for file in dict.fromkeys(self.files):
+            origin = dataset.read_origin(file.path)
+            if origin is None:
+                logger.info(
+                    "%s: nothing beside it says which tokenizer made it; it is taken to be %s",
+                    file.path,
+                    tokenizer.name if tokenizer else "the right one",
+                )
+                continue
+            dataset.check_origin(origin, file.path, size=file.size, seq=seq, tokenizer=tokenizer)
+            self._recorded[file.path] = origin.sequences
+
+    def holds(self, n_sequences: int) -> bool:
+        """Tell whether there are at least so many sequences, counting no further than that."""
+        missing = n_sequences
+        for file in self.files:
+            missing -= self._recorded.get(file.path) or tfrecord.count(file, at_most=missing)
+            if missing <= 0:
+                return True
+        return False
+
+    def size(self) -> int:
+        """Count the sequences."""
+        return sum(map(self._length, self.files))
+
+    def find(self, sample: int) -> tfrecord.Place:
+        """Return the place of a sample; the place after the last one if that is what `sample` is.
+
+        Raises:
+            DataError: There are fewer.
+        """
+        left = sample
+        for number, file in enumerate(self.files):
+            if left < self._length(file):
+                return number, left
+            left -= self._length(file)
+        if left:
+            raise DataError(
+                f"{self.index}: holds {sample - left} sequences, but reading is to go on after "
+                f"{sample} of them: it is not the data set that was read before"
+            )
+        return len(self.files), 0
+
+    def _length(self, file: tfrecord.RecordFile) -> int:
+        if file.path not in self._recorded:
+            self._recorded[file.path] = tfrecord.count(file)
+        return self._recorded[file.path]
+
+    def read(
+        self, place: tfrecord.Place, batch: int, *, repeat: bool
+    ) -> Generator[tuple[np.ndarray, list[tfrecord.Place]]]:
+        """Read from a place on: int32 arrays of shape (batch, seq + 1), and where they were."""
+        return tfrecord.read_batches(
+            self.files,
+            skip=place,
+            batch=batch,
+            length=self.seq + 1,
+            n_vocab=self.n_vocab,
+            repeat=repeat,
+        )
+
+
+class TokenBatches:
+    """Batches for training, without end; what is read from any position on is always the same.
+
+    Batches run over the borders of files and epochs, so that no sequence is left out.
+
+    Args:
+        index: An index file, or one .tfrecords file.
+        shape: Leading dimensions of a batch, for example (A, B).
+        seq: Sequences hold seq + 1 tokens.
+        n_vocab: Token ids must be below it.
+        position: Where to go on; at the beginning by default.
+        tokenizer: Files that say they were made by another one are refused.
+
+    Raises:
+        DataError: The data set cannot be used, holds less than one batch, or ends before `position`.
+    """
+
+    def __init__(
+        self,
+        index: str,
+        *,
+        shape: tuple[int, ...],
+        seq: int,
+        n_vocab: int,
+        position: Position | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self._records = RecordSet(index, seq=seq, n_vocab=n_vocab, tokenizer=tokenizer)
+        self._shape = (*shape, seq + 1)
+        self._batch = math.prod(shape)
+        self._position = position or Position()
+        if not self._records.holds(self._batch):
+            raise DataError(
+                f"{index}: holds {self._records.size()} sequences, less than one batch of "
+                f"{self._batch} ({' x '.join(map(str, shape))}): add data, or lower "
+                "per_replica_batch or gradient_accumulation_steps"
+            )
+        # The place of the sequence that was yielded last, or would have been.
+        file, record = self._records.find(self._position.sample)
+        self._last = file, record - 1
+        self._batches = self._records.read((file, record), self._batch, repeat=True)
+
+    @property
+    def position(self) -> Position:
+        """Where the next batch begins: exactly what has been yielded lies before it."""
+        return self._position
+
+    def __iter__(self) -> TokenBatches:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        tokens, places = next(self._batches)
+        epoch, sample = self._position.epoch, self._position.sample
+        for place in places:
+            if place <= self._last:
+                epoch, sample = epoch + 1, 0
+            sample += 1
+            self._last = place
+        self._position = Position(epoch, sample)
+        return tokens.reshape(self._shape)
+
+    def close(self) -> None:
+        """Stop reading ahead; there is no next batch then."""
+        self._batches.close()
+
+
+class ValidationBatches:
+    """Every sequence of a data set once, as often as it is iterated over.
+
+    Args:
+        index: An index file, or one .tfrecords file.
+        batch: Sequences per batch; the last batch is filled up with zeros that the mask leaves out.
+        seq: Sequences hold seq + 1 tokens.
+        n_vocab: Token ids must be below it.
+        tokenizer: Files that say they were made by another one are refused.
+
+    Raises:
+        DataError: The data set cannot be used.
+    """
+
+    def __init__(
+        self,
+        index: str,
+        *,
+        batch: int,
+        seq: int,
+        n_vocab: int,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self._records = RecordSet(index, seq=seq, n_vocab=n_vocab, tokenizer=tokenizer)
+        self._batch = batch
+
+    def __len__(self) -> int:
+        return -(-self._records.size() // self._batch)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield tokens_BT1 (int32) and mask_BT (bool, over the targets)."""
+        for tokens, _ in self._records.read((0, 0), self._batch, repeat=False):
+            tokens_BT1 = np.zeros((self._batch, tokens.shape[1]), np.int32)
+            tokens_BT1[: len(tokens)] = tokens
+            mask_BT = np.zeros((self._batch, tokens.shape[1] - 1), bool)
+            mask_BT[: len(tokens)] = True
+            yield tokens_BT1, mask_BT

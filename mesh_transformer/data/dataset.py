@@ -1,0 +1,140 @@
+"""Data sets: index files, and what stands beside a TFRecord file about how it was made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import PurePath
+
+from mesh_transformer import storage
+from mesh_transformer.data import DataError
+from mesh_transformer.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """How a TFRecord file was made; kept as JSON beside it, under its name and ".json".
+
+    Attributes:
+        tokenizer: Name of the tokenizer.
+        fingerprint: Its fingerprint.
+        n_tokens: Its number of ids.
+        eot_id: The id that ends a document.
+        seq: Sequences hold seq + 1 tokens.
+        sequences: How many there are.
+        size: Size of the TFRecord file in bytes.
+        documents: Documents read, once each.
+        document_tokens: Tokens in them, ends of text included.
+        document_bytes: Bytes of UTF-8 in them, after cleaning.
+        command: The options that decide the content.
+    """
+
+    tokenizer: str
+    fingerprint: str
+    n_tokens: int
+    eot_id: int
+    seq: int
+    sequences: int
+    size: int
+    documents: int
+    document_tokens: int
+    document_bytes: int
+    command: dict[str, object]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def origin_path(path: str) -> str:
+    """Name the file that says how the TFRecord file at `path` was made."""
+    return path + ".json"
+
+
+def read_origin(path: str) -> Origin | None:
+    """Read how a TFRecord file was made; None if nothing stands beside it.
+
+    Raises:
+        DataError: What stands beside it is not such a description.
+    """
+    beside = origin_path(path)
+    try:
+        return Origin(**json.loads(storage.read_text(beside)))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{beside}: not a description of a data set: {error}; make the data set again, or "
+            "delete this file to go without its checks"
+        ) from error
+
+
+def files_of(index: str) -> list[str]:
+    """List the TFRecord files of an index file, or of a TFRecord file that is itself named.
+
+    An index file holds one path or URL a line; blank lines and lines that begin with # do not
+    count. A relative path is looked for beside the index file, in the current folder, and in data/.
+
+    Raises:
+        DataError: A file is missing, or the index lists none.
+    """
+    if index.endswith(".tfrecords"):
+        return [_found(index, ["", "data"], "")]
+    index = _found(index, ["", "data"], "index file ")
+    try:
+        lines = storage.read_text(index).splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{index}: not an index file (a path a line); the name of a file of records must end "
+            "in .tfrecords"
+        ) from error
+    folder = index.rpartition("/")[0] if storage.is_remote(index) else str(PurePath(index).parent)
+    files = [
+        _found(name, [folder, "", "data"], f"{index}, line {number}: ")
+        for number, line in enumerate(lines, 1)
+        if (name := line.strip()) and not name.startswith("#")
+    ]
+    if not files:
+        raise DataError(f"{index}: lists no file; it needs the path of a .tfrecords file a line")
+    return files
+
+
+def _found(name: str, folders: list[str], what: str) -> str:
+    alone = storage.is_remote(name) or PurePath(name).is_absolute()
+    paths = [name] if alone else [storage.join(f, name) if f else name for f in folders]
+    for path in paths:
+        if storage.exists(path):
+            return path
+    raise DataError(
+        f"{what}{name}: no such file (looked for {', '.join(dict.fromkeys(paths))}); "
+        "create_finetune_tfrecords.py makes data sets and their index"
+    )
+
+
+def check_origin(
+    origin: Origin, path: str, *, size: int, seq: int, tokenizer: Tokenizer | None
+) -> None:
+    """Refuse a file that another tokenizer made, or for another sequence length.
+
+    Raises:
+        DataError: They differ; the message names both.
+    """
+    if origin.size != size:
+        raise DataError(
+            f"{path}: has {size} bytes, but {origin_path(path)} was written for {origin.size}: "
+            "the copy is incomplete, or the two do not belong together; copy both again"
+        )
+    if origin.seq != seq:
+        raise DataError(
+            f"{path}: was made with --seq {origin.seq}, and seq is {seq}: set seq to "
+            f"{origin.seq}, or make the data set again with --seq {seq}"
+        )
+    if tokenizer and origin.fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            f"{path}: was made with the tokenizer {origin.tokenizer} (fingerprint "
+            f"{origin.fingerprint[:12]}), and the configuration says {tokenizer.name} "
+            f"({tokenizer.fingerprint[:12]}): set tokenizer to {origin.tokenizer}, or make the "
+            f"data set again with --tokenizer {tokenizer.name}"
+        )

@@ -1,0 +1,261 @@
+"""Reading text: files of every layout that people keep corpora in, as a stream of documents.
+
+The layers of a file (xz, gzip, zstandard, tar) are recognised by their first bytes; what is inside
+is JSON lines if its name says so, and else plain text. No more than a piece of a document, or one
+line of JSON, is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import io
+import itertools
+import json
+import lzma
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from mesh_transformer.data import DataError
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".xz", ".tar.gz")
+
+# What is read from a file at once, in bytes: small, since a block may unpack to a thousandfold.
+_BLOCK = 1 << 18
+
+_TRUNCATED = "its compressed data ends too early: the file is truncated; copy or download it again"
+
+# The last place where GPT-2's tokenizer always begins a new token: before a single white space
+# between two words, at best a line's end.
+_BORDERS = (re.compile(r".*\S(?=\n\S)", re.DOTALL), re.compile(r".*\S(?= \S)", re.DOTALL))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """A document, or a part of a long one.
+
+    Attributes:
+        text: The text, never empty.
+        place: The file and the line where it begins, for messages.
+        ends: Whether the document ends here.
+    """
+
+    text: str
+    place: str
+    ends: bool
+
+
+def find_files(path: Path) -> list[Path]:
+    """List the input files that `path` means: itself, or the folder's files of known types, sorted.
+
+    Raises:
+        DataError: There is nothing to read.
+    """
+    known = ", ".join(SUFFIXES)
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.name.endswith(SUFFIXES) and f.is_file())
+        if not files:
+            raise DataError(
+                f"{path}: this folder holds no file of a known type ({known}); "
+                "files in folders inside it are not looked at"
+            )
+        return files
+    if not path.is_file():
+        raise DataError(f"{path}: no such file or folder")
+    if not path.name.endswith(SUFFIXES):
+        raise DataError(f"{path}: not a known type of file ({known}); end a text's name in .txt")
+    return [path]
+
+
+def read(
+    path: Path,
+    separator: str | None,
+    longest: int = 1 << 20,
+    progress: Callable[[int], object] = lambda n_bytes: None,
+) -> Iterator[Piece]:
+    """Yield the documents of a file in order, empty ones left out.
+
+    Args:
+        path: The file.
+        separator: The string that ends a document inside a text (None: there is none).
+        longest: A document of more characters comes in several pieces, cut at a white space.
+        progress: Is told the number of bytes of each block read from the file.
+
+    Raises:
+        DataError: The file is damaged; the message names the file and the line.
+    """
+
+    def blocks() -> Iterator[bytes]:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                progress(len(block))
+                yield block
+
+    for texts, place, line in _texts(blocks(), str(path), path.name):
+        yield from _pieces(texts, separator, longest, place, line)
+
+
+_Texts = Iterator[tuple[Iterable[str], str, int]]
+
+
+def _texts(blocks: Iterator[bytes], place: str, name: str) -> _Texts:
+    """Unpack every layer; yield each text inside as its parts, its place and its first line."""
+    head = b""
+    while len(head) < 512 and (block := next(blocks, b"")):
+        head += block
+    blocks = itertools.chain([head], blocks)
+    if decompressor := _decompressor(head):
+        inner = _decompressed(blocks, decompressor, place)
+        yield from _texts(inner, place, re.sub(r"\.(xz|gz|zst)$", "", name))
+    elif head[257:262] == b"ustar" or name.endswith(".tar"):
+        yield from _tar(blocks, place)
+    elif name.endswith((".xz", ".gz", ".zst")):
+        raise DataError(f"{place}: its content is not what its name says: no compressed data")
+    elif name.endswith(".jsonl"):
+        yield from _json_lines(blocks, place)
+    else:
+        yield _decoded(blocks, place), place, 1
+
+
+def _decompressor(head: bytes) -> Callable[[], Any] | None:
+    if head.startswith(b"\xfd7zXZ\x00"):
+        return lzma.LZMADecompressor
+    if head.startswith(b"\x1f\x8b"):
+        return lambda: zlib.decompressobj(wbits=31)
+    if head.startswith(b"\x28\xb5\x2f\xfd") or re.match(rb"[\x50-\x5f]\x2a\x4d\x18", head):
+        return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+    return None
+
+
+def _decompressed(blocks: Iterator[bytes], new: Callable[[], Any], place: str) -> Iterator[bytes]:
+    """Unpack streams that follow one another, as parallel compressors write them."""
+    stream = None
+    try:
+        for block in blocks:
+            while block := block if stream else block.lstrip(b"\0"):
+                stream = stream or new()
+                yield stream.decompress(block)
+                block = b""
+                if stream.eof:
+                    block, stream = stream.unused_data, None
+    except (zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+        raise DataError(f"{place}: its compressed data is damaged: {error}") from error
+    if stream is not None:
+        raise DataError(f"{place}: {_TRUNCATED}")
+
+
+class _File(io.RawIOBase):
+    """Blocks of bytes as a file that can be read from."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks = blocks
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            block = next(self._blocks, None)
+            if block is None:
+                return 0
+            self._rest = memoryview(block)
+        n = min(len(buffer), len(self._rest))
+        buffer[:n] = self._rest[:n]
+        self._rest = self._rest[n:]
+        return n
+
+
+def _tar(blocks: Iterator[bytes], place: str) -> _Texts:
+    file = io.BufferedReader(_File(blocks))
+    try:
+        with tarfile.open(fileobj=file, mode="r|") as archive:
+            for member in archive:
+                content = archive.extractfile(member) if member.isfile() else None
+                if content is not None:
+                    parts = iter(lambda content=content: content.read(_BLOCK), b"")  # type: ignore[misc]
+                    yield from _texts(parts, f"{place}: {member.name}", member.name)
+    except tarfile.TarError as error:
+        raise DataError(f"{place}: the tar archive is damaged: {error}") from error
+
+
+def _json_lines(blocks: Iterator[bytes], place: str) -> _Texts:
+    """Read lines that are a string, or an object whose "text" is a string or its paragraphs."""
+    for number, line in enumerate(io.BufferedReader(_File(blocks)), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place}:{number}: not a line of JSON: {error}") from error
+        text = value.get("text") if isinstance(value, dict) else value
+        if isinstance(text, list) and all(isinstance(part, str) for part in text):
+            text = "\n\n".join(text)
+        if not isinstance(text, str):
+            raise DataError(
+                f'{place}:{number}: needed a JSON string or an object with a string "text", '
+                f"found {line[:60].decode(errors='replace')!r}"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{place}:{number}: half a surrogate pair: {error}") from error
+        yield [text], place, number
+
+
+def _decoded(blocks: Iterator[bytes], place: str) -> Iterator[str]:
+    """Decode UTF-8, without byte order mark, and make every line end a newline."""
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    line = 1
+    for block in itertools.chain(blocks, [b""]):
+        try:
+            text = utf8.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            line += error.object[: error.start].count(b"\n")
+            raise DataError(
+                f"{place}:{line}: not UTF-8 text: byte 0x{error.object[error.start]:02x} "
+                f"({error.reason}); convert the file, for example with iconv"
+            ) from error
+        line += text.count("\n")
+        yield newlines.decode(text, final=not block)  # type: ignore[arg-type]
+
+
+def _pieces(
+    parts: Iterable[str], separator: str | None, longest: int, place: str, line: int
+) -> Iterator[Piece]:
+    """Cut a text that comes in parts at each separator, and documents that are too long."""
+    rest = ""
+    for part in parts:
+        *documents, rest = (rest + part).split(separator) if separator else [rest + part]
+        for document in documents:
+            yield from _cut(document, longest, place, line)
+            line += f"{document}{separator}".count("\n")
+        *cut, last = [*_cut(rest, longest, place, line)] or [None]
+        yield from cut
+        if last:
+            line += rest.count("\n", 0, len(rest) - len(last.text))
+            rest = last.text
+    if rest:
+        yield Piece(rest, f"{place}:{line}", ends=True)
+
+
+def _cut(document: str, longest: int, place: str, line: int) -> Iterator[Piece]:
+    begin = 0
+    while len(document) - begin > longest:
+        # At most the second half of a piece is searched, and a separator that has only begun at
+        # the end of the text so far stays whole.
+        window = begin + longest // 2, begin + longest - longest // 8
+        border = next(filter(None, (b.match(document, *window) for b in _BORDERS)), None)
+        end = border.end() if border else window[1]
+        yield Piece(document[begin:end], f"{place}:{line}", ends=False)
+        line += document.count("\n", begin, end)
+        begin = end
+    if document:
+        yield Piece(document[begin:], f"{place}:{line}", ends=True)

@@ -1,0 +1,276 @@
+"""TFRecord files: the only module that imports TensorFlow, and only when a file is read or written.
+
+Every record is a `tf.train.Example` whose feature `text` is a list of token ids, one sequence.
+Files are plain, or ZLIB throughout; by the original's convention the latter carry "zstd" in the path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import re
+import struct
+import sys
+import types
+import warnings
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from mesh_transformer.data import DataError
+
+Place = tuple[int, int]
+"""The number of a file in a list of files, and the number of a record in it."""
+
+logger = logging.getLogger(__name__)
+
+_AGAIN = "make the file again with create_finetune_tfrecords.py, or copy it again if it is a copy"
+
+
+@functools.cache
+def _tensorflow() -> types.ModuleType:
+    """Import TensorFlow without its start-up messages, and keep its hands off the accelerators."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with _stderr_discarded(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import tensorflow as tf
+
+        for kind in ("GPU", "TPU"):
+            tf.config.set_visible_devices([], kind)
+        tf.constant(0)  # the runtime starts here, and has its say
+    return tf
+
+
+@contextlib.contextmanager
+def _stderr_discarded() -> Iterator[None]:
+    """Send what native code writes to standard error nowhere: TensorFlow's cannot be turned off."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordFile:
+    """A file of records, as `inspect` found it.
+
+    Attributes:
+        path: A local path or a URL.
+        compression: "" or "ZLIB".
+        size: Its size in bytes.
+    """
+
+    path: str
+    compression: str
+    size: int
+
+
+def inspect(path: str) -> RecordFile:
+    """Look at the beginning of a file and tell how to read it.
+
+    Raises:
+        DataError: There is no such file, it is empty, or it does not hold TFRecords.
+    """
+    tf = _tensorflow()
+    try:
+        size = tf.io.gfile.stat(path).length
+        with tf.io.gfile.GFile(path, "rb") as file:
+            head = file.read(12)
+    except tf.errors.OpError as error:
+        raise DataError(f"{path}: cannot be read: {error.message}") from error
+    if not size:
+        raise DataError(f"{path}: the file is empty (0 bytes); {_AGAIN}")
+    if len(head) == 12 and _masked_crc(head[:8]) == struct.unpack("<I", head[8:])[0]:
+        compression = ""
+    elif head[0] & 0x0F == 8 and int.from_bytes(head[:2], "big") % 31 == 0:
+        compression = "ZLIB"
+    else:
+        kinds = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstandard", b"\xfd7": "xz"}
+        kind = kinds.get(head[:2])
+        found = f"a {kind} file: unpack it" if kind else f"bytes {head.hex(' ')}: {_AGAIN}"
+        raise DataError(f"{path}: needed TFRecords, plain or ZLIB; found {found}")
+    if ("zstd" in path) != (compression == "ZLIB"):
+        logger.info("%s: read as %s, which its name does not say", path, compression or "plain")
+    return RecordFile(path, compression, size)
+
+
+def count(file: RecordFile, at_most: int = sys.maxsize) -> int:
+    """Count the records of a file, up to a limit; plain local files are not read but skipped over.
+
+    Raises:
+        DataError: The file is corrupt or cut short.
+    """
+    if file.compression or "://" in file.path:
+        tf = _tensorflow()
+        try:
+            records = _records([file], (0, 0), repeat=False).take(at_most)
+            return int(records.reduce(0, lambda n, *_: n + 1))
+        except tf.errors.OpError as error:
+            raise _explained(error, [file], (0, 0)) from error
+    n, position = 0, 0
+    with open(file.path, "rb") as stream:
+        while n < at_most and (head := stream.read(12)):
+            length = int.from_bytes(head[:8], "little")
+            position += 16 + length
+            if len(head) < 12 or position > file.size:
+                raise DataError(f"{file.path}: record {n} is cut short or corrupt; {_AGAIN}")
+            stream.seek(position)
+            n += 1
+    return n
+
+
+def read_batches(
+    files: Sequence[RecordFile],
+    *,
+    skip: Place,
+    batch: int,
+    length: int,
+    n_vocab: int,
+    repeat: bool,
+) -> Generator[tuple[np.ndarray, list[Place]]]:
+    """Read sequences in the order of the files, `batch` at a time, prefetching in the background.
+
+    Args:
+        files: The files of one epoch.
+        skip: Where to begin: everything before this place is left out.
+        batch: Sequences per array; the last array may hold fewer if not `repeat`.
+        length: Tokens that every record must hold.
+        n_vocab: Token ids must be below it.
+        repeat: Begin again with the first file after the last, in the middle of a batch if need be.
+
+    Yields:
+        int32 of shape (batch, length), and the place of each of its sequences.
+
+    Raises:
+        DataError: A record is corrupt, of another length, or holds an id outside the vocabulary.
+    """
+    tf = _tensorflow()
+    dataset = _records(files, skip, repeat).batch(batch)
+    dataset = dataset.map(functools.partial(_parse, length=length)).prefetch(8)
+    options = tf.data.Options()
+    options.deterministic = True
+    options.autotune.enabled = False
+    options.threading.private_threadpool_size = 2
+    batches = dataset.with_options(options).as_numpy_iterator()
+    place = skip
+    while True:
+        try:
+            tokens, lengths, file_numbers, record_numbers = next(batches)
+        except StopIteration:
+            return
+        except tf.errors.OpError as error:
+            raise _explained(error, files, place) from error
+        places = list(zip(file_numbers.tolist(), record_numbers.tolist(), strict=True))
+        _check(tokens, lengths, length, n_vocab, places, files)
+        place = (places[-1][0], places[-1][1] + 1)
+        yield tokens.astype(np.int32), places
+
+
+def _records(files: Sequence[RecordFile], skip: Place, repeat: bool) -> Any:
+    """Make a tf.data pipeline of (serialized record, number of its file, number in the file)."""
+    tf = _tensorflow()
+
+    def numbered(path: Any, compression: Any, number: Any, n_skipped: Any) -> Any:
+        records = tf.data.TFRecordDataset(path, compression_type=compression).skip(n_skipped)
+        return records.enumerate(n_skipped).map(lambda i, record: (record, number, i))
+
+    def epoch(first: int, n_skipped: int) -> Any:
+        numbers = range(first, len(files))
+        columns = (
+            tf.constant([files[n].path for n in numbers], tf.string),
+            tf.constant([files[n].compression for n in numbers], tf.string),
+            tf.constant(list(numbers), tf.int64),
+            tf.constant([n_skipped if n == first else 0 for n in numbers], tf.int64),
+        )
+        return tf.data.Dataset.from_tensor_slices(columns).flat_map(numbered)
+
+    rest = epoch(*skip)
+    return rest.concatenate(epoch(0, 0).repeat()) if repeat else rest
+
+
+def _parse(records: Any, file_numbers: Any, record_numbers: Any, *, length: int) -> Any:
+    tf = _tensorflow()
+    features = {"text": tf.io.RaggedFeature(tf.int64)}
+    tokens = tf.io.parse_example(records, features)["text"]
+    return (
+        tokens.to_tensor(shape=(None, length)),
+        tokens.row_lengths(),
+        file_numbers,
+        record_numbers,
+    )
+
+
+def _check(
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    length: int,
+    n_vocab: int,
+    places: list[Place],
+    files: Sequence[RecordFile],
+) -> None:
+    wrong = np.flatnonzero(lengths != length)
+    if len(wrong):
+        file, record = places[wrong[0]]
+        raise DataError(
+            f"{files[file].path}: record {record} holds {lengths[wrong[0]]} tokens in its feature "
+            f'"text"; seq {length - 1} needs {length}: set seq to {lengths[wrong[0]] - 1}, or make '
+            f"the file with --seq {length - 1}"
+        )
+    if tokens.min() < 0 or tokens.max() >= n_vocab:
+        row, column = np.argwhere((tokens < 0) | (tokens >= n_vocab))[0]
+        file, record = places[row]
+        raise DataError(
+            f"{files[file].path}: record {record} holds token id {tokens[row, column]} (at place "
+            f"{column}), but n_vocab is {n_vocab}: raise n_vocab, or make the file with the "
+            "tokenizer of this model"
+        )
+
+
+def _explained(error: Exception, files: Sequence[RecordFile], place: Place) -> DataError:
+    """Find the record that tf.data failed on by reading one at a time from the last good place."""
+    tf = _tensorflow()
+    number, n = place
+    for _ in range(len(files) + 1):
+        records = _records(files[number : number + 1], (0, n), repeat=False).batch(1)
+        records = records.map(functools.partial(_parse, length=0)).as_numpy_iterator()
+        try:
+            for _ in records:
+                n += 1
+        except tf.errors.OpError as found:
+            reason = re.sub(r"\{\{.*?\}\} | \[Op:.*", "", found.message, flags=re.DOTALL)
+            return DataError(f"{files[number].path}: record {n} cannot be read: {reason}; {_AGAIN}")
+        number, n = (number + 1) % len(files), 0
+    return DataError(f"{files[place[0]].path}: cannot be read from record {place[1]} on: {error}")
+
+
+def write(path: str, sequences: Iterable[np.ndarray]) -> int:
+    """Write sequences of token ids to a plain TFRecord file; return how many there were."""
+    tf = _tensorflow()
+    n = 0
+    with tf.io.TFRecordWriter(path) as writer:
+        for n, tokens in enumerate(sequences, 1):
+            ids = tf.train.Feature(int64_list=tf.train.Int64List(value=tokens.tolist()))
+            example = tf.train.Example(features=tf.train.Features(feature={"text": ids}))
+            writer.write(example.SerializeToString())
+    return n
+
+
+def _masked_crc(data: bytes) -> int:
+    """Checksum as in TFRecord framing: CRC-32C, rotated by 15 bits, plus a constant."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
