@@ -1,0 +1,1 @@
+"""The model: pure functions of arrays, free of input, output and devices."""

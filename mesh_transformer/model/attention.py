@@ -1,0 +1,150 @@
+"""Attention: one function, with an implementation for each platform, and the key-value cache.
+
+Slot s of the keys holds position s, in training and in the cache alike, so one rule says what a
+query sees: the slots up to its own position. Sequences of different lengths share a batch by
+padding on the right; a padded slot lies beyond every real position until it is overwritten.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mesh_transformer.config import ModelConfig
+from mesh_transformer.sharding import over_mp, shard
+
+
+class Positions(NamedTuple):
+    """Where the tokens stand, and what follows from it; computed once, used by every layer.
+
+    Attributes:
+        ids_BT: int32 position of each token; B may be 1 where all sequences agree.
+        angles_BTR: float32 rotary angle of each rotated pair of features, or None.
+        bias_BHTS: float32 added to the attention logits, or None.
+    """
+
+    ids_BT: jax.Array
+    angles_BTR: jax.Array | None = None
+    bias_BHTS: jax.Array | None = None
+
+
+class Cache(NamedTuple):
+    """Keys (already rotated) and values of all layers, written in place, one slot per position.
+
+    Attributes:
+        k_LBSHK: Keys in the compute dtype.
+        v_LBSHK: Values in the compute dtype.
+        layer: int32, the layer that reads and writes now.
+    """
+
+    k_LBSHK: jax.Array
+    v_LBSHK: jax.Array
+    layer: jax.Array
+
+    def append(self, k_BTHK: jax.Array, v_BTHK: jax.Array, positions_BT: jax.Array) -> Cache:
+        """Write this layer's keys and values of the given tokens into their slots."""
+        rows_B1 = jnp.arange(k_BTHK.shape[0])[:, None]
+        at = (self.layer, rows_B1, jnp.broadcast_to(positions_BT, k_BTHK.shape[:2]))
+        return self._replace(
+            k_LBSHK=self.k_LBSHK.at[at].set(k_BTHK, mode="drop"),
+            v_LBSHK=self.v_LBSHK.at[at].set(v_BTHK, mode="drop"),
+        )
+
+    def keys_and_values(self) -> tuple[jax.Array, jax.Array]:
+        """Return this layer's keys and values, `BSHK` each."""
+        return (
+            shard(jax.lax.dynamic_index_in_dim(stack, self.layer, keepdims=False), "BSHK")
+            for stack in (self.k_LBSHK, self.v_LBSHK)
+        )
+
+
+def attention(
+    q_BTHK: jax.Array,
+    k_BSHK: jax.Array,
+    v_BSHK: jax.Array,
+    positions: Positions,
+    *,
+    cached: bool,
+    implementation: str,
+) -> jax.Array:
+    """Let each query attend to the slots up to its position; softmax in float32.
+
+    Args:
+        cached: Whether keys and values come from a cache; otherwise query t stands at slot t, and
+            a fused kernel can be used.
+        implementation: "xla", or "cudnn" or "splash" for what they can do: as `implementation_for`
+            says.
+    """
+    if implementation == "xla" or cached or positions.bias_BHTS is not None:
+        return plain(q_BTHK, k_BSHK, v_BSHK, positions)
+    kernel = {"cudnn": cudnn, "splash": splash}[implementation]
+    return over_mp(kernel, ("BTHK", "BSHK", "BSHK"), "BTHK")(q_BTHK, k_BSHK, v_BSHK)
+
+
+def plain(
+    q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, positions: Positions
+) -> jax.Array:
+    """Attention in XLA operations: on every platform, for any positions, with a bias or not."""
+    q_BTHK = q_BTHK * jnp.asarray(q_BTHK.shape[-1] ** -0.5, q_BTHK.dtype)
+    logits_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
+    if positions.bias_BHTS is not None:
+        logits_BHTS = logits_BHTS + positions.bias_BHTS
+    slots_S = jnp.arange(k_BSHK.shape[1])
+    seen_BTS = slots_S <= positions.ids_BT[:, :, None]
+    logits_BHTS = jnp.where(seen_BTS[:, None], logits_BHTS, -1e10)
+    shares_BHTS = jax.nn.softmax(logits_BHTS, axis=-1).astype(v_BSHK.dtype)
+    return jnp.einsum("bhts,bshk->bthk", shares_BHTS, v_BSHK)
+
+
+def cudnn(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array) -> jax.Array:
+    """Causal attention by cuDNN's fused kernel (NVIDIA GPUs, 16-bit floats)."""
+    return jax.nn.dot_product_attention(
+        q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn"
+    )
+
+
+def splash(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array) -> jax.Array:
+    """Causal attention by JAX's splash kernel (TPU v4 and newer), which never holds T x T logits."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+    length, n_heads, d_head = q_BTHK.shape[1:]
+    mask = kernels.MultiHeadMask([kernels.CausalMask((length, length))] * n_heads)
+    attend = kernels.make_splash_mha(mask, head_shards=1, q_seq_shards=1)
+    q_BHTK, k_BHTK, v_BHTK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
+    return jax.vmap(attend)(q_BHTK * d_head**-0.5, k_BHTK, v_BHTK).swapaxes(1, 2)
+
+
+def implementation_for(config: ModelConfig, device: jax.Device) -> str:
+    """Return the attention implementation that runs this model on this kind of device.
+
+    Raises:
+        ValueError: The configuration forces one that cannot run there; every reason is named.
+    """
+    is_v4_or_newer = not any(old in device.device_kind for old in ("v2", "v3"))
+    obstacles = {
+        "xla": [],
+        "cudnn": [
+            (device.platform != "gpu", f"it needs an NVIDIA GPU, this is {device.device_kind}"),
+            (config.compute_dtype != "bfloat16", 'it needs "compute_dtype": "bfloat16"'),
+            (config.d_head % 8 != 0 or config.d_head > 256, "it needs d_head a multiple of 8, <= 256"),
+        ],
+        "splash": [
+            (
+                device.platform != "tpu" or not is_v4_or_newer,
+                f"it needs a TPU v4 or newer, this is {device.device_kind}",
+            ),
+            (config.seq % 128 != 0, f"it needs seq a multiple of 128, seq is {config.seq}"),
+            (config.d_head % 128 != 0, f"it needs d_head a multiple of 128, it is {config.d_head}"),
+        ],
+    }
+    reasons = {name: [why for no, why in found if no] for name, found in obstacles.items()}
+    if config.attention == "auto":
+        return next(name for name in ("cudnn", "splash", "xla") if not reasons[name])
+    if reasons[config.attention]:
+        raise ValueError(
+            f'"attention": "{config.attention}" cannot be used: {"; ".join(reasons[config.attention])}'
+            '; set "attention" to "auto" or "xla"'
+        )
+    return config.attention

@@ -1,0 +1,136 @@
+"""The decoder: tokens to logits, one Haiku module tree for training, scoring and decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from mesh_transformer.config import ModelConfig
+from mesh_transformer.model.attention import Cache, Positions
+from mesh_transformer.model.layers import (
+    Block,
+    Embed,
+    LearnedPositions,
+    Norm,
+    RelativePositions,
+    Unembed,
+    rotary_angles,
+)
+from mesh_transformer.model.loss import TokenLoss, next_token_loss
+from mesh_transformer.model.weights import cast_at_use
+from mesh_transformer.sharding import shard
+
+
+@dataclasses.dataclass
+class Decoder(hk.Module):
+    """A stack of blocks between embedding and head; layers are scanned, never unrolled."""
+
+    config: ModelConfig
+    name: str | None = None
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        cache: Cache | None = None,
+        *,
+        targets_BT: jax.Array | None = None,
+        read_B1: jax.Array | None = None,
+    ) -> tuple[Any, Cache | None]:
+        """Return what follows the tokens, and the cache after them.
+
+        Args:
+            positions_BT: int32; B may be 1 where all sequences agree.
+            targets_BT: If given, the first result is the `TokenLoss` of these, not logits.
+            read_B1: If given, logits are made at this one token of each sequence only.
+
+        Returns:
+            `logits_BTV` (float32, split over `mp`) or a `TokenLoss`; and the cache, if one came in.
+        """
+        cfg = self.config
+        slots = tokens_BT.shape[1] if cache is None else cache.k_LBSHK.shape[2]
+        x_BTD = Embed(cfg, name="embed")(tokens_BT)
+        if cfg.pe == "fixed":
+            x_BTD = x_BTD + LearnedPositions(cfg, name="positions")(positions_BT)
+        positions = Positions(positions_BT)
+        if cfg.pe == "rotary":
+            positions = positions._replace(
+                angles_BTR=rotary_angles(positions_BT, cfg.pe_rotary_dims)
+            )
+        if cfg.pe == "t5":
+            bias = RelativePositions(cfg, name="relative_positions")
+            positions = positions._replace(bias_BHTS=bias(positions_BT, jnp.arange(slots)))
+
+        def block(
+            carry: tuple[jax.Array, Cache | None], layer: jax.Array
+        ) -> tuple[tuple[jax.Array, Cache | None], None]:
+            x_BTD, cache = carry
+            cache = None if cache is None else cache._replace(layer=layer)
+            return Block(cfg, name="block")(x_BTD, positions, cache), None
+
+        stack = hk.layer_stack(cfg.layers, with_per_layer_inputs=True, name="layers")
+        (x_BTD, cache), _ = stack(kept_for_backward(block, cfg.remat))(
+            (x_BTD, cache), jnp.arange(cfg.layers)
+        )
+        x_BTD = Norm(cfg, name="final_norm")(x_BTD)
+        if read_B1 is not None:
+            x_BTD = jnp.take_along_axis(x_BTD, read_B1[..., None], axis=1)
+        unembed = Unembed(cfg, name="unembed")
+        if targets_BT is None:
+            return unembed(x_BTD), cache
+
+        def loss(x_BTD: jax.Array, targets_BT: jax.Array) -> TokenLoss:
+            return next_token_loss(unembed(x_BTD), targets_BT)
+
+        return kept_for_backward(loss, cfg.remat)(x_BTD, targets_BT), cache
+
+
+class Model(NamedTuple):
+    """The decoder as pure functions.
+
+    Attributes:
+        init: key -> params.
+        apply: params, tokens_BT, positions_BT, cache, targets_BT=, read_B1= -> as `Decoder`.
+    """
+
+    init: Callable[[jax.Array], hk.Params]
+    apply: Callable[..., tuple[Any, Cache | None]]
+
+
+def make_model(config: ModelConfig) -> Model:
+    """Return the model's pure functions; weights are cast to the compute dtype where used."""
+
+    def forward(*args: Any, **options: Any) -> tuple[Any, Cache | None]:
+        with cast_at_use(jnp.dtype(config.compute_dtype)):
+            return Decoder(config, name="decoder")(*args, **options)
+
+    transformed = hk.without_apply_rng(hk.transform(forward))
+
+    def init(key: jax.Array) -> hk.Params:
+        one_token_BT = jnp.zeros((1, 1), jnp.int32)
+        return transformed.init(key, one_token_BT, one_token_BT)
+
+    return Model(init, transformed.apply)
+
+
+def empty_cache(config: ModelConfig, n_sequences: int, n_slots: int) -> Cache:
+    """Return a cache with room for `n_slots` positions of each sequence."""
+    shape = (config.layers, n_sequences, n_slots, config.n_heads, config.d_head)
+    zeros_LBSHK = shard(jnp.zeros(shape, config.compute_dtype), "LBSHK")
+    return Cache(zeros_LBSHK, zeros_LBSHK, jnp.int32(0))
+
+
+def kept_for_backward(part: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """Let a part of the model keep for its backward pass only its input, its products, or all."""
+    if remat == "none":
+        return part
+    policies = {
+        "full": None,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+    return hk.remat(part, policy=policies[remat])

@@ -1,0 +1,1 @@
+"""Hosts: one worker holds one host's devices."""

@@ -1,0 +1,1 @@
+"""Training: the optimizer, the compiled steps, and the loop that calls them."""

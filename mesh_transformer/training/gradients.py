@@ -1,0 +1,210 @@
+"""Gradients of one optimizer step: microbatch by microbatch, then summed over `dp` once.
+
+While gradients accumulate, `dp` is manual and `mp` automatic: each replica works on its own
+sequences, and no reduction over `dp` stands inside the accumulation loop. Left to the partitioner,
+the same step would reduce over `dp` in every microbatch.
+
+What ZeRO (arXiv:1910.02054) spreads over `dp`, by stage:
+
+    0  nothing
+    1  masters and optimizer state; the compute-dtype copies are gathered once per step
+    2  and the summed gradient: one reduce-scatter instead of an all-reduce
+    3  and the weights in use: gathered layer by layer, their gradients summed layer by layer
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from mesh_transformer.config import Config
+from mesh_transformer.model.decoder import Model
+from mesh_transformer.model.loss import TokenLoss, z_loss
+from mesh_transformer.model.weights import Weight, sum_into_shards
+from mesh_transformer.sharding import STORAGE, over_mp, shard, spec
+
+SCATTERED, SPREAD = 2, 3
+"""The first stage that scatters the gradient sum, and the first that spreads weights in use."""
+
+
+class Gradients(NamedTuple):
+    """The mean gradient over all valid tokens of a step, and what was seen on the way.
+
+    Attributes:
+        mean: As params, float32, in the layout of the optimizer state.
+        loss: Mean cross-entropy in nats per valid token.
+        last_loss: The same at the last position of each sequence.
+        micro_norm: Root mean square, over microbatches, of the norm of the gradient of one
+            microbatch's mean loss. A microbatch is one replica's; in stage 3, all replicas'. None
+            where the step is one microbatch.
+    """
+
+    mean: Any
+    loss: jax.Array
+    last_loss: jax.Array
+    micro_norm: jax.Array | None
+
+
+def over_dp(function: Any, in_specs: Any, out_specs: Any) -> Any:
+    """Run `function` once per replica, on the replica's own part; `mp` stays automatic."""
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={"dp"})
+
+
+def weights_in_use(params: Any, dims: Any, config: Config) -> Any:
+    """Return what the model computes with: masters, or gathered copies of spread masters."""
+    if config.mesh.zero_stage in (0, SPREAD):
+        return params
+    return compute_copies(params, dims, config)
+
+
+def compute_copies(params: Any, dims: Any, config: Config) -> Any:
+    """Return the weights in the compute dtype, each replica with all of its own."""
+
+    def copy(param: jax.Array, letters: str) -> jax.Array:
+        dtype = config.model.compute_dtype if is_matrix(letters) else param.dtype
+        return shard(param.astype(dtype), letters)
+
+    return jax.tree.map(copy, params, dims)
+
+
+def is_matrix(dims: str) -> bool:
+    """Say whether a parameter is multiplied by (and thus cast), not added (a vector)."""
+    return len(dims.replace("L", "")) >= 2
+
+
+def dp_specs(dims: Any, *, spread: bool) -> Any:
+    """Return the part of each parameter's partition that concerns `dp`."""
+    axes = {dim: axis for dim, axis in STORAGE.items() if axis == "dp" and spread}
+    return jax.tree.map(lambda letters: spec(letters, axes), dims)
+
+
+def varying(x: jax.Array) -> jax.Array:
+    """Mark an array as each replica's own, so that gradients by it are not summed over `dp` yet."""
+    return jax.lax.pcast(x, ("dp",), to="varying")
+
+
+def accumulate(
+    model: Model,
+    config: Config,
+    params: Any,
+    dims: Any,
+    tokens_ABT1: jax.Array,
+    mask_ABT: jax.Array | None,
+) -> Gradients:
+    """Return the gradient of the mean loss over A microbatches of B sequences.
+
+    The mean is over valid tokens (mask 1) of the whole step, however they fall into microbatches.
+    """
+    stage = config.mesh.zero_stage
+    weights = weights_in_use(params, dims, config)
+    data_spec = PartitionSpec(None, "dp")
+    mask_spec = None if mask_ABT is None else data_spec
+    grads_specs = dp_specs(dims, spread=stage >= SCATTERED)
+    replica = functools.partial(_on_one_replica, model, config, dims)
+    return over_dp(
+        replica,
+        in_specs=(dp_specs(dims, spread=stage >= SPREAD), data_spec, mask_spec),
+        out_specs=Gradients(grads_specs, PartitionSpec(), PartitionSpec(), PartitionSpec()),
+    )(weights, tokens_ABT1, mask_ABT)
+
+
+def _on_one_replica(
+    model: Model,
+    config: Config,
+    dims: Any,
+    weights: Any,
+    tokens_ABT1: jax.Array,
+    mask_ABT: jax.Array | None,
+) -> Gradients:
+    stage, n_replicas, n_steps = (
+        config.mesh.zero_stage,
+        jax.lax.axis_size("dp"),
+        tokens_ABT1.shape[0],
+    )
+    if mask_ABT is None:
+        mask_ABT = varying(jnp.ones(tokens_ABT1[..., 1:].shape, jnp.float32))
+    n_valid = jnp.maximum(jax.lax.psum(mask_ABT.sum(), "dp"), 1)
+    n_valid_last = jnp.maximum(jax.lax.psum(mask_ABT[..., -1].sum(), "dp"), 1)
+    weights = jax.tree.map(
+        lambda w, d: w if stage >= SPREAD and "D" in d else varying(w), weights, dims
+    )
+    receivers = jax.tree.map(functools.partial(_receiver, config), weights, dims)
+
+    def objective(receivers: Any, tokens_BT1: jax.Array, mask_BT: jax.Array) -> Any:
+        params = jax.tree.map(
+            lambda weight, receiver, letters: Weight(weight, receiver, letters, stage >= SPREAD),
+            weights,
+            receivers,
+            dims,
+        )
+        seen = score(model, params, tokens_BT1)
+        nll = (seen.loss_BT * mask_BT).sum() / n_valid
+        penalty = (z_loss(seen.log_z_BT) * mask_BT).sum() / n_valid
+        last_loss = (seen.loss_BT * mask_BT)[:, -1].sum() / n_valid_last
+        return nll + config.model.z_loss * penalty, (nll, last_loss)
+
+    def microbatch(carry: Any, batch: Any) -> Any:
+        total, squares = carry
+        grads, losses = jax.grad(objective, has_aux=True)(receivers, *batch)
+        grads = jax.tree.map(lambda g, d: shard(g.astype(jnp.float32), d), grads, dims)
+        if stage >= SPREAD:
+            grads = jax.tree.map(lambda g, d: g if "D" in d else sum_over_dp(g, d), grads, dims)
+        if n_units > 1:
+            squares = squares + _own_squares(grads, dims, config, n_replicas)
+        return (jax.tree.map(jnp.add, total, grads), squares), losses
+
+    def zeros(receiver: jax.Array, letters: str) -> jax.Array:
+        start = shard(jnp.zeros(receiver.shape, jnp.float32), letters)
+        return start if stage >= SPREAD and "D" not in letters else varying(start)
+
+    n_units = n_steps if stage >= SPREAD else n_steps * n_replicas
+    start = (jax.tree.map(zeros, receivers, dims), varying(jnp.float32(0)))
+    (total, squares), losses = jax.lax.scan(microbatch, start, (tokens_ABT1, mask_ABT))
+    nll, last_loss = (jax.lax.psum(loss_A.sum(), "dp") for loss_A in losses)
+    micro_norm = jnp.sqrt(jax.lax.psum(squares, "dp") * n_units) if n_units > 1 else None
+    mean = jax.tree.map(functools.partial(_sum_between_replicas, stage), total, dims)
+    return Gradients(mean, nll, last_loss, micro_norm)
+
+
+def score(model: Model, params: Any, tokens_BT1: jax.Array) -> TokenLoss:
+    """Return the loss of each token but the first, given those before it."""
+    inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
+    positions_BT = jnp.arange(inputs_BT.shape[1])[None]
+    return model.apply(params, inputs_BT, positions_BT, targets_BT=targets_BT)[0]
+
+
+def _receiver(config: Config, weight: jax.Array, dims: str) -> jax.Array:
+    """Return zeros to differentiate by: a matrix's gradient comes in the dtype it was used in.
+
+    Where backward sums over `dp` (stage 3), it does so in float32.
+    """
+    low = is_matrix(dims) and config.mesh.zero_stage < SPREAD
+    return varying(jnp.zeros(weight.shape, config.model.compute_dtype if low else jnp.float32))
+
+
+def _own_squares(grads: Any, dims: Any, config: Config, n_replicas: int) -> jax.Array:
+    """Return this replica's share of the squared norm of a microbatch's gradient."""
+
+    def squares(g: jax.Array, letters: str) -> jax.Array:
+        shared = config.mesh.zero_stage >= SPREAD and "D" not in letters
+        return jnp.square(g).sum() / (n_replicas if shared else 1)
+
+    return sum(jax.tree.leaves(jax.tree.map(squares, grads, dims)))
+
+
+def sum_over_dp(x: jax.Array, dims: str) -> jax.Array:
+    """Sum over replicas: one all-reduce of each device's `mp` part."""
+    return over_mp(lambda part: jax.lax.psum(part, "dp"), (dims,), dims)(x)
+
+
+def _sum_between_replicas(stage: int, total: jax.Array, dims: str) -> jax.Array:
+    """Make the replicas' sums one, in the layout that the optimizer step wants."""
+    if stage >= SPREAD:
+        return total
+    if stage >= SCATTERED and "D" in dims:
+        return sum_into_shards(total, dims)
+    return sum_over_dp(total, dims)

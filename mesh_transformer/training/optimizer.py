@@ -1,0 +1,77 @@
+"""One optax chain: the rule GPT-J was trained by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mesh_transformer.config import OptimizerConfig
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Return clip, Adam, weight decay, learning rate, as mesh-transformer-jax chains them.
+
+    Clip the global norm to 1; Adam (arXiv:1412.6980) with b1 0.9, b2 0.999, epsilon 1e-8; add the
+    decay of matrices before the learning rate multiplies both (AdamW, arXiv:1711.05101).
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(config.weight_decay, mask=is_decayed),
+        optax.scale_by_learning_rate(learning_rate(config)),
+    )
+
+
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """Return the learning rate of each update, counted from 0: GPT-3's (arXiv:2005.14165, B).
+
+    Linear from 0 over `warmup_steps`, half a cosine from `lr` to `end_lr` over `anneal_steps`,
+    `end_lr` from then on. Without warm-up the first update has `lr`; without annealing `end_lr`
+    follows the warm-up at once.
+    """
+
+    def rate(count: jax.Array) -> jax.Array:
+        warmed = _progress(count, config.warmup_steps)
+        annealed = _progress(count - config.warmup_steps, config.anneal_steps)
+        drop = (config.lr - config.end_lr) * (1 - jnp.cos(jnp.pi * annealed)) / 2
+        return warmed * config.lr - drop
+
+    return rate
+
+
+def _progress(count: jax.Array, steps: int) -> jax.Array:
+    """Return how much of `steps` is done at `count`, 0 to 1; 1 from count 0 on if there are none."""
+    if steps == 0:
+        return jnp.where(count >= 0, 1.0, 0.0)
+    return jnp.clip(count, 0, steps) / steps
+
+
+def is_decayed(params: Any) -> Any:
+    """Say of each parameter whether it decays: matrices do, norms, biases and scales do not.
+
+    By name: a bias stacked over layers has two dimensions and is still a bias.
+    """
+    return {
+        module: {name: name in ("w", "embeddings") for name in values}
+        for module, values in params.items()
+    }
+
+
+def schedule_count(opt_state: optax.OptState) -> jax.Array:
+    """Return how many updates the learning-rate schedule has seen."""
+    return _schedule(opt_state).count
+
+
+def restart_schedule(opt_state: optax.OptState) -> optax.OptState:
+    """Return the optimizer state with the schedule at its beginning, and Adam's moments kept."""
+    old = _schedule(opt_state)
+    fresh = old._replace(count=jnp.zeros_like(old.count))
+    return tuple(fresh if part is old else part for part in opt_state)
+
+
+def _schedule(opt_state: optax.OptState) -> optax.ScaleByScheduleState:
+    (state,) = (part for part in opt_state if isinstance(part, optax.ScaleByScheduleState))
+    return state
