@@ -45,7 +45,7 @@ def estimate(
     """
     if micro_sequences >= sequences:
         return None
-    small, big = micro_grad_norm**2, grad_norm**2
+    small, big = micro_grad_norm * micro_grad_norm, grad_norm * grad_norm
     if not (math.isfinite(small) and math.isfinite(big)):
         return None
     return Estimate(

@@ -138,6 +138,7 @@ def _draw_learning_rate(axes: Axes, trained: Sequence[metrics_file.Line]) -> Non
     axes.set_ylabel("learning rate", fontsize=12)
     axes.set_xlabel("optimizer step", fontsize=12)
     axes.set_ylim(bottom=0)
+    axes.set_xlim(trained[0]["step"] - 1, trained[-1]["step"] * 1.01)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -166,7 +167,6 @@ def _tidy(axes: Axes) -> None:
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=11)
-    axes.margins(x=0.01)
 
 
 def _column(lines: Sequence[metrics_file.Line], key: str) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -176,9 +176,9 @@ class _S3Store:
     """The few calls to S3 that smart-open does not make."""
 
     def __init__(self) -> None:
-        import boto3
+        import boto3.session
 
-        self.client = boto3.client("s3")
+        self.client = boto3.session.Session().client("s3")
 
     def put(self, bucket: str, key: str, data: bytes) -> None:
         self.client.put_object(Bucket=bucket, Key=key, Body=data)

@@ -1,0 +1,207 @@
+"""Storage: one small API over local paths and buckets."""
+
+import gzip
+import importlib
+import os
+import pathlib
+import stat
+import sys
+import warnings
+from collections.abc import Iterator
+
+import pytest
+from fake_buckets import FakeBuckets, serve
+
+from mesh_transformer import storage
+
+PACKAGES = {"gs": "google.cloud.storage", "s3": "boto3"}
+
+
+def _installed(package: str) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ImportWarning)  # google.api_core without grpcio-status
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            return False
+    return True
+
+
+@pytest.fixture
+def buckets(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBuckets]:
+    with serve() as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        storage._connect.cache_clear()
+        yield server
+        storage._connect.cache_clear()
+
+
+@pytest.fixture(params=["local", "gs", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> str:
+    """Give a folder of each kind of storage: what a test says holds for all three alike."""
+    if request.param == "local":
+        return str(tmp_path / "run")
+    return _bucket_folder(request.param, request)
+
+
+@pytest.fixture(params=["gs", "s3"])
+def remote(request: pytest.FixtureRequest) -> str:
+    return _bucket_folder(request.param, request)
+
+
+def _bucket_folder(scheme: str, request: pytest.FixtureRequest) -> str:
+    if not _installed(PACKAGES[scheme]):
+        extra = storage.EXTRAS[scheme]
+        pytest.skip(f"{scheme}:// needs the extra [{extra}], which is not installed")
+    request.getfixturevalue("buckets")
+    return f"{scheme}://bucket/run"
+
+
+def test_what_is_written_is_what_is_read(root: str) -> None:
+    path = storage.join(root, "deep", "notes.txt")
+    storage.write_text_atomically(path, "Grüße\n")
+    assert storage.read_text(path) == "Grüße\n"
+    assert storage.read_bytes(path) == "Grüße\n".encode()
+    storage.write_text_atomically(path, "second")
+    assert storage.read_text(path) == "second"
+
+
+def test_an_opened_file_takes_and_gives_text_and_bytes(root: str) -> None:
+    with storage.open(storage.join(root, "a.txt"), "w") as file:
+        file.write("first\nzweité\n")
+    with storage.open(storage.join(root, "a.txt")) as file:
+        assert file.readlines() == ["first\n", "zweité\n"]
+    with storage.open(storage.join(root, "a.bin"), "wb") as file:
+        file.write(bytes(range(256)) * 40)
+    with storage.open(storage.join(root, "a.bin"), "rb") as file:
+        file.seek(255)
+        assert file.read(3) == b"\xff\x00\x01"
+
+
+def test_compressed_files_come_back_as_they_are(root: str) -> None:
+    packed = gzip.compress(b"text")
+    with storage.open(storage.join(root, "a.gz"), "wb") as file:
+        file.write(packed)
+    assert storage.read_bytes(storage.join(root, "a.gz")) == packed
+
+
+def test_files_and_folders_exist_once_written(root: str) -> None:
+    path = storage.join(root, "step_10", "a")
+    assert not storage.exists(path)
+    assert not storage.exists(root)
+    storage.write_bytes_atomically(path, b"")
+    assert storage.exists(path)
+    assert storage.exists(storage.join(root, "step_10"))
+    assert not storage.exists(storage.join(root, "step_1"))
+
+
+def test_listing_a_folder_gives_full_paths_of_its_files_alone(root: str) -> None:
+    for name in ("b", "deep/a", "deep/er/c"):
+        storage.write_bytes_atomically(storage.join(root, *name.split("/")), b"x")
+    storage.write_bytes_atomically(root + "_other", b"x")
+    expected = [storage.join(root, *name.split("/")) for name in ("b", "deep/a", "deep/er/c")]
+    assert storage.files_under(root) == expected
+    assert storage.files_under(root + "/") == expected
+    assert storage.files_under(storage.join(root, "none")) == []
+
+
+def test_a_missing_file_is_a_file_not_found_error_that_names_it(root: str) -> None:
+    path = storage.join(root, "none.txt")
+    with pytest.raises(FileNotFoundError, match=r"none\.txt"):
+        storage.read_text(path)
+    with pytest.raises(FileNotFoundError, match=r"none\.txt"):
+        storage.open(path, "rb")
+
+
+def test_a_remote_file_whose_writing_fails_does_not_appear(
+    remote: str, buckets: FakeBuckets
+) -> None:
+    def write_half() -> None:
+        with storage.open(storage.join(remote, "a"), "wb") as file:
+            file.write(b"half")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        write_half()
+    assert buckets.objects == {}
+
+
+def test_a_store_that_refuses_is_one_error_that_says_how_to_log_in(
+    remote: str, buckets: FakeBuckets
+) -> None:
+    buckets.refuses = True
+    for call in (storage.read_bytes, storage.exists, storage.files_under):
+        with pytest.raises(storage.StorageError, match=f"{remote}.*To log in: "):
+            call(remote)
+    with pytest.raises(storage.StorageError, match=f"{remote}.*To log in: "):
+        storage.write_bytes_atomically(remote, b"x")
+
+
+def test_remote_files_cannot_be_appended_to(remote: str) -> None:
+    with pytest.raises(storage.StorageError, match="mode 'a' is for local files"):
+        storage.open(remote, "a")
+
+
+def test_missing_credentials_say_how_to_log_in(
+    remote: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    for name in ("STORAGE_EMULATOR_HOST", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    storage._connect.cache_clear()
+    with pytest.raises(storage.StorageError, match="To log in: "):
+        storage.read_bytes(remote)
+
+
+@pytest.mark.parametrize(("scheme", "extra"), [("gs", "gcs"), ("s3", "s3")])
+def test_a_missing_package_names_the_extra_to_install(
+    scheme: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, PACKAGES[scheme], None)
+    storage._connect.cache_clear()
+    with pytest.raises(storage.StorageError, match=rf'pip install "mesh-transformer\[{extra}\]"'):
+        storage.read_bytes(f"{scheme}://bucket/a")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("ftp://host/a", "ftp:// is not supported"), ("gs:///a", "a bucket's name is needed")],
+)
+def test_an_unusable_address_says_what_is_wrong_with_it(path: str, message: str) -> None:
+    with pytest.raises(storage.StorageError, match=message):
+        storage.exists(path)
+
+
+def test_joining_uses_single_slashes() -> None:
+    assert storage.join("gs://bucket/run/", "/deep/", "a") == "gs://bucket/run/deep/a"
+    assert storage.join("run", "a") == os.path.join("run", "a")
+
+
+def test_a_local_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def full(handle: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        storage.write_text_atomically(str(path), "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_atomically_written_file_has_ordinary_permissions(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "ordinary").write_text("")
+    storage.write_text_atomically(str(tmp_path / "atomic"), "")
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ordinary", "atomic")}
+    assert len(modes) == 1
