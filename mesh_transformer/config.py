@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import os
 import pathlib
@@ -71,7 +72,7 @@ class ModelConfig(_Section):
         compute_dtype: Of weights in use and activations; master weights are always float32.
         remat: What the backward pass computes anew: whole layers, all but matrix products, nothing.
         attention: Implementation; "auto" takes the best that the device has.
-        z_loss: NonNegative of log(Z)^2 in the training loss, which keeps the logits from drifting.
+        z_loss: Weight of log(Z)^2 in the training loss, which keeps the logits from drifting.
     """
 
     layers: Count
@@ -199,7 +200,7 @@ class RunConfig(_Section):
     wandb_project: Text = "mesh-transformer"
     noise_scale_alpha: Fraction = 0.01
     stop_on_nan: bool = True
-    seed: Natural = 0
+    seed: Annotated[int, Limit(lambda n: 0 <= n < 2**32, "0 or more, below 2^32")] = 0
     comment: str = ""
 
 
@@ -224,7 +225,10 @@ class Config:
         return {key: value for name in SECTIONS for key, value in vars(getattr(self, name)).items()}
 
     def to_flat(self) -> dict[str, Any]:
-        """All keys with their values, as plain JSON; `parse` makes an equal Config of it."""
+        """Every key that has a value, derived ones too, in plain JSON values.
+
+        `parse` makes an equal Config of it.
+        """
         given = {key: value for key, value in self._flat().items() if value is not None}
         return {
             key: list(value) if isinstance(value, tuple) else copy.copy(value)
@@ -284,7 +288,7 @@ KEYS = {key: what for section in SECTIONS.values() for key, what in _keys_of(sec
 
 
 def _check(given: Mapping[str, Any], keys: Mapping[str, _Key]) -> tuple[dict[str, Any], list[str]]:
-    """Return the sound values, the derived ones among them, and every problem of the given ones."""
+    """Return the sound values, derived ones included, and all that is wrong with the given ones."""
     values: dict[str, Any] = {}
     problems = []
     for key, value in given.items():
@@ -297,20 +301,24 @@ def _check(given: Mapping[str, Any], keys: Mapping[str, _Key]) -> tuple[dict[str
     for key, derive in rules.DERIVED.items():
         if key in keys and given.get(key) is None:
             try:
-                values[key] = _apply(derive, values)
+                derived = _apply(derive, values)
             except ValueError as error:
                 problems.append(str(error))
-    return {k: v for k, v in values.items() if v is not None}, problems + _broken(
-        rules.IMPOSSIBLE, values
-    )
+            else:
+                values |= {} if derived is None else {key: derived}
+    return values, problems + _broken(rules.IMPOSSIBLE, values)
+
+
+@functools.cache
+def _parameters(rule: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
+    return tuple(inspect.signature(rule).parameters.values())
 
 
 def _apply(rule: Callable[..., Any], values: Mapping[str, Any]) -> Any:
     """Call `rule` with the keys that it names; None if one that it needs is absent."""
-    parameters = inspect.signature(rule).parameters.values()
-    if any(p.default is p.empty and p.name not in values for p in parameters):
+    if any(p.default is p.empty and p.name not in values for p in _parameters(rule)):
         return None
-    return rule(**{p.name: values[p.name] for p in parameters if p.name in values})
+    return rule(**{p.name: values[p.name] for p in _parameters(rule) if p.name in values})
 
 
 def _broken(table: Iterable[rules.Rule], values: Mapping[str, Any]) -> list[str]:
@@ -338,7 +346,7 @@ def parse(mapping: Mapping[str, Any], source: str = "configuration") -> Config:
 
 def _parse(mapping: Any, source: str, problems: list[str]) -> Config:
     if not isinstance(mapping, Mapping):
-        raise ConfigError(source, [f"expected keys and values, got {mapping!r}"])
+        raise ConfigError(source, [f"expected keys and values, got {schema.shown(mapping)}"])
     problems, notes, meant = list(problems), [], set()
     for key in mapping:
         if key in rules.RETIRED:
@@ -349,7 +357,7 @@ def _parse(mapping: Any, source: str, problems: list[str]) -> Config:
     given = {key: value for key, value in mapping.items() if key in KEYS}
     defaults = {key: k.default for key, k in KEYS.items() if k.default is not dataclasses.MISSING}
     problems += [f"missing key {key!r}" for key in KEYS if key not in {*given, *defaults, *meant}]
-    values, wrong = _check(defaults | given, KEYS)
+    values, wrong = _check(given | {k: v for k, v in defaults.items() if k not in given}, KEYS)
     if problems + wrong:
         raise ConfigError(source, problems + wrong)
     for note in notes + _broken(rules.DOUBTFUL, values):

@@ -138,8 +138,11 @@ DOUBTFUL: tuple[Rule, ...] = (
         f"{total_steps}, so the learning rate never reaches end_lr {end_lr}",
     ),
     lambda val_set, val_batches: _unless(
-        bool(val_set) == bool(val_batches),
-        f"val_batches is {val_batches} and val_set names {len(val_set)} sets, so nothing is "
-        "validated",
+        not val_set or val_batches > 0,
+        "val_batches is 0, so nothing is validated although val_set is given",
+    ),
+    lambda val_set, val_batches: _unless(
+        bool(val_set) or val_batches == 0,
+        f"val_set is empty, so nothing is validated although val_batches is {val_batches}",
     ),
 )

@@ -88,11 +88,20 @@ def convert(kind: Any, value: Any) -> Any:
 def _expect(kind: type, value: Any, accepted: tuple[type, ...]) -> Any:
     if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
         return value
-    text = f"expected {_WORDS[kind]}, got {value!r} ({type(value).__name__})"
-    raise ValueError(text + (_number_hint(kind, value) if kind in (int, float) else ""))
+    of_type = "" if value is None or isinstance(value, bool) else f" ({type(value).__name__})"
+    hint = _number_hint(value, whole=kind is int) if kind in (int, float) else ""
+    raise ValueError(f"expected {_WORDS[kind]}, got {shown(value)}{of_type}{hint}")
 
 
-def _number_hint(kind: type, value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as its author wrote it."""
+    for word, constant in (("null", None), ("true", True), ("false", False)):
+        if value is constant:
+            return word
+    return repr(value)
+
+
+def _number_hint(value: Any, *, whole: bool) -> str:
     """What to write instead of a number in quotes, with a fraction, or that YAML takes for text."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         return ""
@@ -100,12 +109,16 @@ def _number_hint(kind: type, value: Any) -> str:
         number = float(value)
     except ValueError:
         return ""
-    if not math.isfinite(number) or (kind is int and not number.is_integer()):
+    if not math.isfinite(number) or (whole and not number.is_integer()):
         return ""
-    plain = int(number) if kind is int else number
-    quotes = " without quotes" if isinstance(value, str) else ""
-    yaml = "e" in str(value).lower() and "." not in str(value)
-    return f"; write {plain}{quotes}" + (" (YAML takes 1e-4 for text, 1.0e-4 for a number)" * yaml)
+    plain = str(int(number) if whole else number)
+    if "e" in plain and "." not in plain:
+        plain = plain.replace("e", ".0e")  # YAML takes 1e-05 for text
+    if not isinstance(value, str):
+        return f"; write {plain}"
+    bare = "e" in value.lower() and "." not in value
+    why = f" (YAML takes {value} for text: it lacks a dot)" if bare else ""
+    return f"; write {plain} without quotes{why}"
 
 
 def _choose(choices: tuple[Any, ...], value: Any) -> Any:
@@ -114,7 +127,8 @@ def _choose(choices: tuple[Any, ...], value: Any) -> Any:
             return value
     names = {str(choice): choice for choice in choices}
     hints = [f"; did you mean {names[name]!r}?" for name in closest(value, names)]
-    raise ValueError(f"{value!r} is not one of {', '.join(map(repr, choices))}{''.join(hints)}")
+    listed = ", ".join(map(repr, choices))
+    raise ValueError(f"{shown(value)} is not one of {listed}{''.join(hints)}")
 
 
 def closest(name: Any, names: Iterable[str]) -> list[str]:
@@ -141,14 +155,16 @@ def read_file(path: pathlib.Path) -> tuple[Any, list[str]]:
     readers = {".json": _parse_json, ".yaml": _parse_yaml, ".yml": _parse_yaml}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise ConfigError(str(path), [f"expected a file named {', '.join(readers)}"])
+        raise ConfigError(str(path), [f"expected a name that ends in {', '.join(readers)}"])
     try:
         return reader(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         siblings = sorted(item.name for item in path.parent.glob("*"))
         hint = did_you_mean(path.name, siblings)
         raise ConfigError(str(path), [f"there is no such file{hint}"]) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
+    except ValueError as error:
         raise ConfigError(str(path), [" ".join(str(error).split())]) from error
 
 
@@ -159,17 +175,24 @@ def _parse_json(text: str) -> tuple[Any, list[str]]:
         repeats.extend(repeated(key for key, _ in pairs))
         return dict(pairs)
 
-    return json.loads(text, object_pairs_hook=collect), repeats
+    try:
+        return json.loads(text, object_pairs_hook=collect), repeats
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from error
 
 
 def _parse_yaml(text: str) -> tuple[Any, list[str]]:
-    import yaml  # only here: a JSON file needs nothing beyond the standard library
+    try:
+        import yaml  # only here: a JSON file needs nothing beyond the standard library
+    except ImportError as error:
+        raise ValueError("YAML needs the package pyyaml; install it, or write JSON") from error
 
     repeats: list[str] = []
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            repeats.extend(repeated(key.value for key, _ in node.value if key.value != "<<"))
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            repeats.extend(key for key in repeated(keys) if key != "<<")
             return super().construct_mapping(node, deep=deep)
 
     try:
