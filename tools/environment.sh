@@ -1,70 +1,89 @@
-# Sourced by ./quickstart, ./test and .ci/run: finds a Python and installs the project into an environment.
+# Sourced by ./quickstart, ./test and .ci/run: finds a Python and installs the project with it.
 # shellcheck shell=bash
 
-NEWEST_PYTHON=3.13
+OLDEST_PYTHON=3.11 NEWEST_PYTHON=3.13
 
-# Prints the interpreter to build environments with: $PYTHON if set, else the first usable one on PATH.
-find_python() {
-    local candidate report found=()
-    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3 python; do
-        report=$("$candidate" -c '
+# why_unusable PYTHON: prints why an interpreter cannot be used; nothing if it can.
+why_unusable() {
+    "$1" - "$OLDEST_PYTHON" "$NEWEST_PYTHON" 2>/dev/null <<'EOF' || echo "does not start"
 import sys
+
+oldest, newest = (tuple(map(int, argument.split("."))) for argument in sys.argv[1:])
 version = "%d.%d" % sys.version_info[:2]
-if not (3, 11) <= sys.version_info[:2] <= tuple(map(int, sys.argv[1].split("."))):
-    sys.exit(print("it is Python", version))
 try:
-    import ensurepip, venv
-except ImportError as problem:
-    sys.exit(print("it is Python", version, "without venv (on Debian: apt install python%s-venv)" % version))
-print("usable")
-' "$NEWEST_PYTHON" 2>/dev/null) || report="it does not start"
-        if [[ $report == usable ]]; then
+    import ensurepip
+    import venv
+except ImportError:
+    missing = True
+else:
+    missing = False
+if not oldest <= sys.version_info[:2] <= newest:
+    print("is Python " + version)
+elif missing:
+    print("lacks the module venv; on Debian and Ubuntu: apt install python" + version + "-venv")
+EOF
+}
+
+# find_python: prints the interpreter to use, which is $PYTHON or else the first usable one on PATH.
+find_python() {
+    local candidate candidates=(python3.11 python3.12 python3.13 python3 python) reason found=()
+    if [[ -n ${PYTHON:-} ]]; then
+        candidates=("$PYTHON")
+    fi
+    for candidate in "${candidates[@]}"; do
+        if ! command -v "$candidate" >/dev/null; then
+            continue
+        fi
+        reason=$(why_unusable "$candidate")
+        if [[ -z $reason ]]; then
             printf '%s\n' "$candidate"
             return
         fi
-        if command -v "$candidate" >/dev/null; then
-            found+=("$candidate: $report")
-        fi
-        if [[ -n ${PYTHON:-} ]]; then
-            break
-        fi
+        found+=("  $candidate $reason")
     done
     {
-        echo "No usable Python: versions 3.11 to $NEWEST_PYTHON with the venv module are supported."
+        echo "No usable Python. Needed: Python $OLDEST_PYTHON to $NEWEST_PYTHON with the module venv. Found:"
         if ((${#found[@]})); then
-            printf 'Found %s\n' "${found[@]}"
+            printf '%s\n' "${found[@]}"
         else
-            echo "Found: nothing by the name ${PYTHON:-python3.11, python3.12, python3.13, python3 or python}."
+            echo "  nothing named ${candidates[*]}"
         fi
-        echo "Install one, or name one: PYTHON=/path/to/python3.11 $0"
+        echo "Install one, or name one: PYTHON=/path/to/python$OLDEST_PYTHON $0"
     } >&2
     return 1
 }
 
-# install_environment DIR [EXTRAS]: makes DIR a virtual environment holding the project (editable), the given
-# extras (comma-separated) and the pinned dependencies. Does nothing when that is what DIR already holds.
-# Run from the repository's root.
+# install_environment FOLDER [EXTRAS]: makes FOLDER a virtual environment that holds the project
+# (editable), its pinned dependencies and the given extras (comma-separated). Does nothing when
+# FOLDER holds all that already. To be called in the repository's root.
 install_environment() {
-    local directory=$1 extras=${2:-} python want complete=$1/.complete others=
-    # The folder is part of it: a moved project must be installed again.
-    want=$(cat pyproject.toml setup.py constraints.txt <(pwd) | cksum)
-    if [[ -x $directory/bin/python ]] && grep -qsxF "$want [$extras]" "$complete"; then
+    local folder=$1 extras=${2:-} state others='' python
+    # The root is part of the state: a project that was moved must be installed again.
+    state=$(cat pyproject.toml setup.py constraints.txt <(pwd) | cksum)
+    if [[ -x $folder/bin/python ]] && grep -qsxF "$state [$extras]" "$folder/.complete"; then
         return
     fi
-    # What an interrupted installation left is not trusted; what pip downloaded is kept in its own cache.
-    if [[ ! -x $directory/bin/python || ! -e $complete ]]; then
-        python=$(find_python) || return
-        echo "Creating $directory with $("$python" --version)" >&2
-        "$python" -m venv --clear "$directory"
+    if [[ -x $folder/bin/python && -e $folder/.complete ]]; then
+        others=$(grep -F "$state [" "$folder/.complete" || true)
     else
-        others=$(grep -F "$want [" "$complete" || true)
+        if [[ -e $folder && ! -e $folder/.started ]]; then
+            echo "$folder exists, but $0 did not make it; move it away, or set VENV=another-folder" >&2
+            return 1
+        fi
+        python=$(find_python) || return
+        echo "Making the virtual environment $folder with $("$python" --version)" >&2
+        # What an interrupted installation left is not trusted. pip keeps its downloads elsewhere.
+        rm -rf "$folder"
+        mkdir -p "$folder"
+        touch "$folder/.started"
+        "$python" -m venv "$folder" || return
     fi
-    rm -f "$complete"
-    echo "Installing pinned dependencies into $directory (one to three minutes, 2.3 GB on disk)" >&2
-    if ! PYTHONPATH='' "$directory/bin/python" -m pip install -qq --disable-pip-version-check \
+    rm -f "$folder/.complete"
+    echo "Installing into $folder (a minute or two; 2.3 GB on disk${extras:+ and more for $extras})" >&2
+    if ! PYTHONPATH='' "$folder/bin/python" -m pip install -qq --disable-pip-version-check \
         --constraint constraints.txt --editable ".${extras:+[$extras]}"; then
-        echo "Installing failed; pip's message is above. Run $0 again to retry." >&2
+        echo "Installing failed; pip says why above. $0 tries again." >&2
         return 1
     fi
-    printf '%s\n' "$want [$extras]" ${others:+"$others"} >"$complete"
+    printf '%s\n' "$state [$extras]" ${others:+"$others"} >"$folder/.complete"
 }

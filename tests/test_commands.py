@@ -1,0 +1,229 @@
+"""./quickstart and ./test, run with a stand-in for Python that records what it is asked to do."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+FAKE_PYTHON = r"""#!/bin/bash
+here=$(dirname "$(readlink -f "$0")")
+case "$*" in
+"- "*) exec {real} "$@" ;;
+--version) echo "Python 3.11.0" ;;
+"-m venv "*) echo venv >>{log}; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+"-m pip "*) echo "pip ${{*: -1}}" >>{log}; [[ ! -e {log}.fail ]] ;;
+*) [[ ! -e $1.real ]] || exec {real} "$1.real" "$@"; echo "$*" >>{log} ;;
+esac
+"""
+
+# Says that it runs, then waits for signals; at the end tells how often it was signalled.
+INTERRUPTIBLE = """
+import select, signal, socket
+reader, writer = socket.socketpair()
+writer.setblocking(False)
+signal.set_wakeup_fd(writer.fileno())
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: None)
+print("training", flush=True)
+caught = list(reader.recv(1))
+while select.select([reader], [], [], 0.3)[0]:
+    caught += reader.recv(1)
+print("committed after", *(signal.Signals(number).name for number in caught), flush=True)
+"""
+
+
+class Checkout:
+    """A copy of what the commands need, in a folder with a space in its name."""
+
+    def __init__(self, tmp_path: pathlib.Path) -> None:
+        self.root = tmp_path / "a checkout"
+        self.log = tmp_path / "log"
+        self.python = tmp_path / "python3.11"
+        self.python.write_text(FAKE_PYTHON.format(real=sys.executable, log=self.log))
+        self.python.chmod(0o755)
+        (self.root / "tools").mkdir(parents=True)
+        for name in (
+            *("quickstart", "test", "tools/environment.sh"),
+            *("pyproject.toml", "setup.py", "constraints.txt"),
+        ):
+            shutil.copy(ROOT / name, self.root / name)
+
+    def command(self, *words: str, **environment: str) -> dict:
+        variables = {"PATH": "/usr/bin:/bin", "PYTHON": str(self.python), **environment}
+        command = [str(self.root / words[0]), *words[1:]]
+        return {"args": command, "env": variables, "cwd": self.root.parent, "text": True}
+
+    def run(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(**self.command(*words, **environment), capture_output=True)
+
+    def calls(self) -> list[str]:
+        """Return what the stand-in was asked to do since the last time this was asked."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        self.log.unlink(missing_ok=True)
+        return lines
+
+
+@pytest.fixture
+def checkout(tmp_path: pathlib.Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+FAST = "-m pytest -m not slow"
+
+
+def test_the_project_is_installed_once(checkout: Checkout) -> None:
+    assert checkout.run("test").returncode == 0
+    assert checkout.calls() == ["venv", "pip .[test]", FAST]
+    assert checkout.run("test").returncode == 0
+    assert checkout.calls() == [FAST]
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+def test_changed_requirements_are_installed_into_the_same_environment(
+    checkout: Checkout, name: str
+) -> None:
+    checkout.run("test")
+    checkout.calls()
+    with open(checkout.root / name, "a") as file:
+        file.write("# changed\n")
+    checkout.run("test")
+    assert checkout.calls() == ["pip .[test]", FAST]
+
+
+def test_a_moved_project_is_installed_again(checkout: Checkout) -> None:
+    checkout.run("test")
+    checkout.calls()
+    checkout.root = checkout.root.rename(checkout.root.parent / "elsewhere")
+    checkout.run("test")
+    assert checkout.calls() == ["pip .[test]", FAST]
+
+
+def test_extras_add_up(checkout: Checkout) -> None:
+    for extras in ("test", "test,parity", "test"):
+        checkout.run("test", EXTRAS=extras)
+    assert checkout.calls() == ["venv", "pip .[test]", FAST, "pip .[test,parity]", FAST, FAST]
+
+
+def test_an_unfinished_installation_is_begun_anew(checkout: Checkout) -> None:
+    failing = pathlib.Path(f"{checkout.log}.fail")
+    failing.touch()
+    done = checkout.run("test")
+    assert done.returncode == 1 and "tries again" in done.stderr
+    assert checkout.calls() == ["venv", "pip .[test]"]
+    failing.unlink()
+    assert checkout.run("test").returncode == 0
+    assert checkout.calls() == ["venv", "pip .[test]", FAST]
+
+
+def test_a_folder_that_is_someone_elses_is_left_alone(checkout: Checkout) -> None:
+    (checkout.root / "mine").mkdir()
+    done = checkout.run("test", VENV="mine")
+    assert done.returncode == 1 and "VENV=another-folder" in done.stderr
+    assert checkout.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [("echo is Python 3.9", "python3.9 is Python 3.9"), ("exit 1", "python3.9 does not start")],
+)
+def test_an_unusable_python_is_named_with_the_reason(
+    checkout: Checkout, program: str, reason: str
+) -> None:
+    old = checkout.python.with_name("python3.9")
+    old.write_text(f"#!/bin/sh\n{program}\n")
+    old.chmod(0o755)
+    done = checkout.run("test", PYTHON=str(old))
+    assert done.returncode == 1
+    assert reason in done.stderr and "Needed: Python 3.11 to 3.13" in done.stderr
+
+
+def test_a_missing_python_is_reported(checkout: Checkout) -> None:
+    done = checkout.run("test", PYTHON="no-such-python")
+    assert done.returncode == 1 and "nothing named no-such-python" in done.stderr
+
+
+def test_arguments_go_to_pytest(checkout: Checkout) -> None:
+    checkout.run("test", "-k", "a b", "-x")
+    checkout.run("test", "--all", "-x")
+    assert checkout.calls()[2:] == [f"{FAST} -k a b -x", "-m pytest -x"]
+
+
+STEPS = [
+    "examples/quickstart_data.py data/quickstart",
+    *(
+        f"create_finetune_tfrecords.py data/quickstart/{side}.jsonl quickstart.{side}"
+        " --tokenizer bytes --seq 256 --output-dir data"
+        for side in ("val", "train")
+    ),
+    "device_train.py --config configs/quickstart.json",
+    "-m mesh_transformer.plot runs/quickstart",
+]
+
+
+def test_quickstart_goes_through_its_steps(checkout: Checkout) -> None:
+    done = checkout.run("quickstart")
+    assert done.returncode == 0, done.stderr
+    calls = checkout.calls()
+    assert calls[:2] == ["venv", "pip ."]
+    assert calls[2:-1] == STEPS
+    assert calls[-1].startswith("device_sample.py --config configs/quickstart.json --prompt def ")
+    assert "runs/quickstart/loss.png" in done.stdout
+
+
+def test_quickstart_prepares_data_once_and_starts_over_when_asked(checkout: Checkout) -> None:
+    (checkout.root / "data").mkdir()
+    for side in ("train", "val"):
+        (checkout.root / f"data/quickstart.{side}.index").write_text("records\n")
+    assert checkout.run("quickstart", "--new").returncode == 0
+    assert checkout.calls()[2:4] == [STEPS[3] + " --new", STEPS[4]]
+
+
+def test_quickstart_stops_at_a_step_that_fails(checkout: Checkout) -> None:
+    (checkout.root / "device_train.py.real").write_text("raise SystemExit(7)")
+    done = checkout.run("quickstart")
+    assert done.returncode == 7 and "exit status 7" in done.stderr
+    assert checkout.calls()[-1] == STEPS[2]
+
+
+def test_quickstart_refuses_unknown_arguments(checkout: Checkout) -> None:
+    done = checkout.run("quickstart", "--knew")
+    assert done.returncode == 2 and "./quickstart --new" in done.stdout
+    assert checkout.calls() == []
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_reaches_training_once_and_quickstart_says_how_to_go_on(
+    checkout: Checkout, number: signal.Signals, status: int
+) -> None:
+    (checkout.root / "device_train.py.real").write_text(INTERRUPTIBLE)
+    with subprocess.Popen(**checkout.command("quickstart"), stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert any(line == "training\n" for line in running.stdout)
+        running.send_signal(number)
+        rest = running.stdout.read()
+    assert f"committed after {number.name}\n" in rest
+    assert "./quickstart goes on from there" in rest
+    assert running.returncode == status
+
+
+def test_ctrl_c_at_a_terminal_reaches_training_once(checkout: Checkout) -> None:
+    (checkout.root / "device_train.py.real").write_text(INTERRUPTIBLE)
+    command = checkout.command("quickstart")
+    terminal = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+    command["args"] = [sys.executable, "-c", terminal, *command["args"]]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(**command, **pipes) as running:
+        assert running.stdin is not None and running.stdout is not None
+        assert any(line.strip() == "training" for line in running.stdout)
+        running.stdin.write("\x03")
+        running.stdin.flush()
+        rest = running.stdout.read()
+    assert "committed after SIGINT\n" in rest
+    assert running.returncode == 130
