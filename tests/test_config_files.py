@@ -28,7 +28,9 @@ def test_yaml_says_the_same_as_json(tmp_path: pathlib.Path) -> None:
         assert config == configuration.parse(MINIMAL | {"pe": "none", "trackers": ["wandb"]})
 
 
-def test_a_yaml_number_that_is_text_is_refused_with_a_spelling_that_is_none(tmp_path) -> None:
+def test_a_yaml_number_that_is_text_is_refused_with_a_spelling_that_is_none(
+    tmp_path: pathlib.Path,
+) -> None:
     flat = {key: value for key, value in MINIMAL.items() if key != "end_lr"}
     text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in flat.items())
     path = tmp_path / "x.yaml"
@@ -80,7 +82,9 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: pathlib.Path) -> None:
     assert refusal(path) == "cannot be read: Is a directory"
 
 
-def test_yaml_that_cannot_be_read_is_refused(tmp_path, monkeypatch) -> None:
+def test_yaml_that_cannot_be_read_is_refused(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("a: [1\n")
     assert refusal(path) == (
@@ -119,7 +123,9 @@ def test_all_problems_of_a_file_are_reported_at_once(tmp_path: pathlib.Path) -> 
     )
 
 
-def test_a_warning_points_at_the_line_that_asked_for_the_configuration(tmp_path) -> None:
+def test_a_warning_points_at_the_line_that_asked_for_the_configuration(
+    tmp_path: pathlib.Path,
+) -> None:
     path = tmp_path / "x.json"
     path.write_text(json.dumps(MINIMAL | {"early_cast": True}))
     for ask in (

@@ -133,7 +133,11 @@ def test_each_key_with_a_hint_has_its_message_tested() -> None:
         assert any(key == case[0] and case[2].endswith(hint) for case in WRONG_VALUES)
 
 
-IMPOSSIBLE = [
+IMPOSSIBLE: list[tuple[dict, str]] = [
+    (
+        {"cores_per_replica": 4, "tpu_size": 2},
+        "cores_per_replica 4 does not divide tpu_size 2; 1, 2 would",
+    ),
     ({"n_heads": 5}, "n_heads 5 does not divide d_model 64; change one of them or set d_head"),
     (
         {"cores_per_replica": 8, "d_head": 16},
@@ -207,7 +211,7 @@ IMPOSSIBLE = [
     ),
 ]
 
-DOUBTFUL = [
+DOUBTFUL: list[tuple[dict, str]] = [
     (
         {"norm": "layernorm-desync"},
         "norm 'layernorm-desync' is treated as 'layernorm': copies of a norm cannot drift apart",
@@ -270,9 +274,10 @@ def test_an_unusual_configuration_is_accepted_without_a_word(changes: dict) -> N
 
 
 def test_an_unknown_key_is_refused_with_the_closest_name_and_not_also_called_missing() -> None:
+    unknown: dict = {"warmup_step": 2, "Val_Every": 1, "zzz": 0, 3: 4}  # YAML has numbers as keys
     flat = {key: value for key, value in MINIMAL.items() if key != "warmup_steps"}
     with pytest.raises(ConfigError) as caught:
-        configuration.parse(flat | {"warmup_step": 2, "Val_Every": 1, "zzz": 0, 3: 4})
+        configuration.parse(flat | unknown)
     assert caught.value.problems == (
         "unknown key 'warmup_step'; did you mean 'warmup_steps'?",
         "unknown key 'Val_Every'; did you mean 'val_every'?",
