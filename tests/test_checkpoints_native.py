@@ -1,14 +1,28 @@
 """Native checkpoints: what is saved comes back, exactly, on any mesh, after any accident."""
 
+import logging
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mesh_transformer.checkpoints.native import CheckpointError, Checkpoints
+from mesh_transformer.checkpoints import layout, native
+from mesh_transformer.checkpoints.fingerprint import fingerprints
+from mesh_transformer.checkpoints.native import CheckpointError, Checkpoints, locate
 
 
 class State(NamedTuple):
@@ -23,30 +37,29 @@ class Adam(NamedTuple):
 
 
 def mesh(dp: int, mp: int) -> jax.sharding.Mesh:
-    devices = np.array(jax.devices()[: dp * mp]).reshape(dp, mp)
-    return jax.sharding.Mesh(devices, ("dp", "mp"))
+    return jax.sharding.Mesh(np.array(jax.devices()[: dp * mp]).reshape(dp, mp), ("dp", "mp"))
 
 
 def state_on(
-    mesh: jax.sharding.Mesh, spec=("dp", "mp"), *, seed: int = 0, n_layers: int = 4
+    mesh: jax.sharding.Mesh, dims: tuple[str | None, ...] = ("dp", "mp"), seed: int = 0, layers=4
 ) -> State:
     rng = np.random.default_rng(seed)
 
-    def placed(array, *axes):
-        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
+    def placed(array: Any, *dims: str | None) -> jax.Array:
+        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*dims)))
 
-    weight_LDF = rng.normal(size=(n_layers, 16, 24)).astype(np.float32)
+    w_LDF = rng.normal(size=(layers, 32, 48)).astype(np.float32)
     return State(
         step=placed(np.int32(seed)),
         params={
-            "decoder/layers/ff": {"w": placed(weight_LDF, None, *spec)},
+            "decoder/layers/ff": {"w": placed(w_LDF, None, *dims)},
             "decoder/norm": {"scale": placed(rng.normal(size=16).astype(jnp.bfloat16))},
         },
-        opt_state=(Adam(placed(np.int32(7)), {"w": placed(-weight_LDF, None, *spec)}), ()),
+        opt_state=(Adam(placed(np.int32(7)), {"w": placed(-w_LDF, None, *dims)}), ()),
     )
 
 
-def like(state: State) -> State:
+def like(state: Any) -> Any:
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
@@ -56,57 +69,411 @@ def assert_same(got: Any, wanted: Any) -> None:
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         assert a.dtype == b.dtype
-        assert np.array_equal(np.asarray(a), np.asarray(b))
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+def saved(root: Path, state: State, step: int = 1, extra: dict[str, Any] | None = None) -> str:
+    """Save one checkpoint and give its folder."""
+    with Checkpoints(str(root)) as checkpoints:
+        checkpoints.save(step, state, extra or {})
+    return str(root / "checkpoints" / f"step_{step}")
+
+
+# What comes back
+
+
+@pytest.mark.parametrize("chunk_bytes", [128 * 2**20, 1000])
 @pytest.mark.parametrize("dp, mp", [(1, 1), (8, 1), (1, 8), (4, 2)])
-def test_a_state_is_restored_bit_for_bit_into_another_mesh(tmp_path, dp, mp):
-    saved = state_on(mesh(2, 4))
-    checkpoints = Checkpoints(str(tmp_path))
-    checkpoints.save(3, saved, {"position": {"samples": 96}})
+def test_a_state_is_restored_bit_for_bit_into_another_mesh(
+    tmp_path, monkeypatch, dp, mp, chunk_bytes
+):
+    monkeypatch.setattr(native, "_CHUNK_BYTES", chunk_bytes)
+    state = state_on(mesh(2, 4))
+    folder = saved(tmp_path, state, extra={"position": {"samples": 96}})
     target = like(state_on(mesh(dp, mp), ("mp", "dp"), seed=1))
-    restored, extra = checkpoints.restore(3, target)
-    checkpoints.close()
-    assert_same(restored, saved)
+    restored, extra = native.restore(folder, target)
+    assert_same(restored, state)
     assert extra == {"position": {"samples": 96}}
     for got, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(target), strict=True):
         assert got.sharding == wanted.sharding
 
 
+def test_weights_alone_are_restored_when_asked_for_by_name(tmp_path):
+    state = state_on(mesh(2, 4))
+    folder = saved(tmp_path, state)
+    assert_same(native.restore_params(folder, like(state).params), state.params)
+    with pytest.raises(CheckpointError, match=r"params/opt_state/.*nothing in the checkpoint"):
+        native.restore_params(folder, like(state)._asdict())
+
+
+def test_a_target_without_shardings_is_restored_to_one_device(tmp_path):
+    state = state_on(mesh(2, 4))
+    folder = saved(tmp_path, state)
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    restored, _ = native.restore(folder, target)
+    assert_same(restored, state)
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(restored)} == {1}
+
+
+def test_arrays_donated_right_after_save_are_saved_as_they_were(tmp_path):
+    before = state_on(mesh(2, 4))
+    kept = jax.tree.map(np.asarray, jax.tree.map(jnp.copy, before))
+    negated = jax.jit(lambda tree: jax.tree.map(jnp.negative, tree), donate_argnums=0)
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save(1, before, {})
+        after = negated(before)
+        for _ in range(5):
+            after = negated(after)
+        restored, _ = checkpoints.restore(1, like(after))
+    assert_same(restored, kept)
+
+
+def test_extra_is_saved_as_it_was_when_save_was_called(tmp_path):
+    state = state_on(mesh(1, 1))
+    extra = {"position": {"samples": 1}, "note": "ü", "noise": None}
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save(1, state, extra)
+        extra["position"]["samples"] = 2  # type: ignore[index]
+        assert checkpoints.read_extra(1) == {"position": {"samples": 1}, "note": "ü", "noise": None}
+
+
+def test_a_relative_root_is_taken_from_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = state_on(mesh(2, 4))
+    saved(Path("runs/mine"), state)
+    restored, _ = native.restore("runs/mine/checkpoints/step_1", like(state))
+    assert_same(restored, state)
+
+
+# Strictness
+
+
 def test_every_array_that_does_not_fit_is_listed_by_path_with_the_key_to_look_at(tmp_path):
-    checkpoints = Checkpoints(str(tmp_path))
-    checkpoints.save(1, state_on(mesh(2, 4), n_layers=3), {"config": {"layers": 3, "lr": 0.1}})
+    config = {"layers": 3, "lr": 0.1, "pe": "rotary", "train_set": "a.index"}
+    folder = saved(tmp_path, state_on(mesh(2, 4), layers=3), extra={"config": config})
     target = like(state_on(mesh(2, 4)))
     target.params["decoder/norm"] = {"offset": target.params["decoder/norm"]["scale"]}
     target = target._replace(step=jax.ShapeDtypeStruct((), jnp.float32))
+    now = {"layers": 4, "lr": 0.1, "train_set": "a.index", "d_ff": None}
     with pytest.raises(CheckpointError) as caught:
-        checkpoints.restore(1, target, config={"layers": 4, "lr": 0.1})
-    checkpoints.close()
-    assert str(caught.value).splitlines()[1:] == [
-        "  - opt_state/0/mu/w: float32[3,16,24] in the checkpoint, float32[4,16,24] wanted",
-        "  - params/decoder/layers/ff/w: float32[3,16,24] in the checkpoint, float32[4,16,24] wanted",
-        "  - params/decoder/norm/offset: missing from the checkpoint, bfloat16[16] wanted",
-        "  - params/decoder/norm/scale: bfloat16[16] in the checkpoint, not asked for",
-        "  - step: int32[] in the checkpoint, float32[] wanted",
+        native.restore(folder, target, config=now)
+    assert str(caught.value).splitlines() == [
+        f"{folder} does not fit:",
+        "  - opt_state/0/mu/w: float32[3,32,48] in the checkpoint, float32[4,32,48] asked for",
+        "  - params/decoder/layers/ff/w: float32[3,32,48] in the checkpoint,"
+        " float32[4,32,48] asked for",
+        "  - params/decoder/norm/offset: nothing in the checkpoint, bfloat16[16] asked for",
+        "  - params/decoder/norm/scale: bfloat16[16] in the checkpoint, nothing asked for",
+        "  - step: int32[] in the checkpoint, float32[] asked for",
+        "  - configuration key d_ff: absent in the checkpoint, null now",
         "  - configuration key layers: 3 in the checkpoint, 4 now",
+        '  - configuration key pe: "rotary" in the checkpoint, absent now',
     ]
-    assert "step_1" in str(caught.value)
 
 
-def test_weights_alone_are_restored_when_asked_for_by_name(tmp_path):
-    saved = state_on(mesh(2, 4))
-    checkpoints = Checkpoints(str(tmp_path))
-    checkpoints.save(1, saved, {})
-    assert_same(checkpoints.restore_params(1, like(saved).params), saved.params)
-    checkpoints.close()
+def test_what_is_no_jax_array_is_refused_by_path_before_anything_is_written(tmp_path):
+    state = state_on(mesh(1, 1))._replace(step=3)
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        with pytest.raises(CheckpointError, match=r"not: \['step'\]"):
+            checkpoints.save(1, state, {})
+        with pytest.raises(TypeError, match="set"):
+            checkpoints.save(1, state_on(mesh(1, 1)), {"position": {1, 2}})
+        assert checkpoints.steps() == []
+
+
+def test_a_step_that_is_not_there_is_an_error_that_lists_those_that_are(tmp_path):
+    state = state_on(mesh(1, 1))
+    saved(tmp_path, state, 5)
+    with (
+        Checkpoints(str(tmp_path)) as checkpoints,
+        pytest.raises(CheckpointError, match=r"step_6 is not a checkpoint; there are steps \[5\]"),
+    ):
+        checkpoints.restore(6, like(state))
+
+
+def test_a_newer_format_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(layout, "FORMAT_VERSION", 2)
+    folder = saved(tmp_path, state_on(mesh(1, 1)))
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"format 2; .* up to 1"):
+        native.read_extra(folder)
+
+
+# Which steps there are
 
 
 def test_superseded_checkpoints_are_deleted(tmp_path):
     state = state_on(mesh(1, 1))
-    checkpoints = Checkpoints(str(tmp_path), keep_n=2, keep_every=4)
-    for step in range(1, 8):
-        checkpoints.save(step, state, {})
+    with Checkpoints(str(tmp_path), keep_n=2, keep_every=4) as checkpoints:
+        for step in range(1, 8):
+            checkpoints.save(step, state, {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [4, 6, 7]
+        assert checkpoints.latest() == 7
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_4", "step_6", "step_7"]
+
+
+def test_a_step_as_old_as_an_existing_one_is_saved_only_after_delete_after(tmp_path):
+    state, changed = state_on(mesh(1, 1)), state_on(mesh(1, 1), seed=9)
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        for step in (10, 20, 30):
+            checkpoints.save(step, state, {})
+        for step in (20, 30):
+            with pytest.raises(CheckpointError, match=rf"step 30: .*delete_after\({step - 1}\)"):
+                checkpoints.save(step, changed, {})
+        assert_same(checkpoints.restore(20, like(state))[0], state)
+        checkpoints.delete_after(10)
+        assert checkpoints.steps() == [10]
+        checkpoints.save(20, changed, {})
+        assert_same(checkpoints.restore(20, like(state))[0], changed)
+        checkpoints.clear()
+        assert checkpoints.latest() is None
+
+
+def test_a_start_removes_what_was_not_finished_and_nothing_else(tmp_path, caplog):
+    saved(tmp_path, state_on(mesh(1, 1)), 10)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "step_10", folder / "step_20.orbax-checkpoint-tmp")
+    shutil.copytree(folder / "step_10", folder / "step_30")
+    (folder / "step_30" / layout.MARKER).unlink()
+    (folder / "step_best").mkdir()
+    (folder / "notes.txt").write_text("mine")
+    assert locate(str(tmp_path)) == str(folder / "step_10")
+    with caplog.at_level(logging.WARNING), Checkpoints(str(tmp_path)) as checkpoints:
+        assert checkpoints.steps() == [10]
+    assert sorted(os.listdir(folder)) == ["notes.txt", "step_10", "step_best"]
+    assert "step_30, which was never finished" in caplog.text
+
+
+def test_a_deletion_cut_short_leaves_nothing_that_looks_complete(tmp_path, monkeypatch, caplog):
+    def cut_short(path: epath.Path) -> None:
+        (path / "state" / "_METADATA").unlink()
+        raise OSError("interrupted")
+
+    state = state_on(mesh(1, 1))
+    with Checkpoints(str(tmp_path), keep_n=1) as checkpoints:
+        checkpoints.save(1, state, {})
+        with monkeypatch.context() as patch:
+            patch.setattr(type(epath.Path(tmp_path)), "rmtree", cut_short)
+            checkpoints.save(2, state, {})
+            checkpoints.wait()
+        assert (tmp_path / "checkpoints" / "step_1").exists()
+        assert checkpoints.steps() == [2]
+    assert "[1] are not all deleted: interrupted" in caplog.text
+
+
+def test_a_path_means_the_step_it_names_or_the_newest_of_its_run(tmp_path):
+    state = state_on(mesh(1, 1))
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save(9, state, {})
+        checkpoints.save(10, state, {})
+    folder = tmp_path / "checkpoints"
+    assert locate(str(tmp_path)) == str(folder / "step_10")
+    assert locate(str(folder)) == str(folder / "step_10")
+    assert locate(str(folder / "step_9")) == str(folder / "step_9")
+    assert locate(str(folder / "step_9" / "state")) is None
+    assert locate(str(tmp_path / "nowhere")) is None
+
+
+# Copies and damage
+
+
+def as_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a local folder be written as a bucket is: in place, the marker last."""
+    monkeypatch.setattr(native.storage, "is_remote", lambda path: True)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_copied_folder_is_a_checkpoint_wherever_it_lands(tmp_path, monkeypatch, in_place):
+    state = state_on(mesh(2, 4))
+    if in_place:
+        as_a_bucket(monkeypatch)
+    folder = saved(tmp_path / "one", state, 7)
+    monkeypatch.undo()
+    subprocess.run(["cp", "-r", folder, tmp_path / "anywhere"], check=True)
+    shutil.rmtree(tmp_path / "one")
+    copy = locate(str(tmp_path / "anywhere"))
+    assert copy is not None
+    assert_same(native.restore(copy, like(state))[0], state)
+
+    if not in_place:
+        as_a_bucket(monkeypatch)
+    (tmp_path / "two" / "checkpoints").mkdir(parents=True)
+    shutil.copytree(copy, tmp_path / "two" / "checkpoints" / "step_7")
+    with Checkpoints(str(tmp_path / "two")) as checkpoints:
+        assert_same(checkpoints.restore(7, like(state))[0], state)
+        checkpoints.save(8, state, {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [7, 8]
+
+
+def test_in_place_a_folder_without_marker_is_no_checkpoint(tmp_path, monkeypatch):
+    as_a_bucket(monkeypatch)
+    state = state_on(mesh(2, 4))
+    folder = saved(tmp_path, state, 7)
+    Path(folder, layout.MARKER).unlink()
+    with pytest.raises(CheckpointError, match="not a complete native checkpoint"):
+        native.restore(folder, like(state))
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        assert not Path(folder).exists()
+        assert checkpoints.latest() is None
+
+
+def files_of(folder: str) -> list[Path]:
+    return sorted(path for path in Path(folder).rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_a_damaged_copy_is_refused_and_every_damaged_file_named(tmp_path, damage):
+    state = state_on(mesh(2, 4))
+    folder = saved(tmp_path, state)
+    unlisted = {layout.MARKER, "files.json", "_CHECKPOINT_METADATA"}
+    files = [
+        path
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() and str(path.relative_to(folder)) not in unlisted
+    ]
+    assert sum(path.stat().st_size for path in files) > state.opt_state[0].mu["w"].nbytes
+    for path in files:
+        content = path.read_bytes()
+        if damage == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(content[: len(content) // 2])
+        name = re.escape(str(path.relative_to(folder)))
+        with pytest.raises(CheckpointError, match=rf"step_1 is damaged: {name} \({damage}\); res"):
+            native.restore(folder, like(state))
+        path.write_bytes(content)
+    assert_same(native.restore(folder, like(state))[0], state)
+
+
+def test_one_flipped_bit_of_an_array_is_named_by_its_path(tmp_path, monkeypatch):
+    monkeypatch.setattr(layout, "_CHECKSUM_BYTES", 10_000)
+    state = state_on(mesh(1, 1))
+    folder = saved(tmp_path, state)
+    value = np.asarray(state.params["decoder/layers/ff"]["w"])[0, 0, :4].tobytes()
+    (path,) = [path for path in Path(folder).rglob("?" * 32) if value in path.read_bytes()]
+    content = bytearray(path.read_bytes())
+    content[content.index(value)] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"damaged: params/decoder/layers/ff/w \(changed\)"):
+        native.restore(folder, like(state))
+    assert native.read_extra(folder) == {}
+
+
+def test_fingerprints_depend_on_content_and_place_and_not_on_sharding():
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, jnp.bfloat16, np.bool_):
+        content = rng.normal(size=(8, 16)).astype(dtype)
+        swapped = content.copy()
+        swapped[0, 0], swapped[5, 3] = content[5, 3], content[0, 0]
+        placings = [
+            jax.device_put(content, NamedSharding(mesh(dp, mp), PartitionSpec(*dims)))
+            for dp, mp, dims in [(1, 1, ()), (2, 4, ("dp", "mp")), (2, 4, (None, ("dp", "mp")))]
+        ]
+        assert len(set(fingerprints(dict(enumerate(placings))).values())) == 1  # type: ignore[arg-type]
+        if (swapped != content).any():
+            changed = {"as it was": jnp.asarray(content), "swapped": jnp.asarray(swapped)}
+            assert len(set(fingerprints(changed).values())) == 2
+    zeros = {"+": jnp.zeros(4), "-": -jnp.zeros(4), "shorter": jnp.zeros(3), "none": jnp.zeros(0)}
+    assert len(set(fingerprints(zeros).values())) == 4
+
+
+# Failures
+
+
+def test_a_save_that_failed_is_raised_at_the_next_call_and_the_run_can_go_on(tmp_path):
+    big = {"w": jnp.zeros((1000, 1000))}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = Checkpoints(str(tmp_path), keep_n=1)
+    checkpoints.save(1, big, {})
     checkpoints.wait()
-    assert checkpoints.steps() == [4, 6, 7]
-    assert checkpoints.latest() == 7
+    for raising in (checkpoints.wait, lambda: checkpoints.save(3, big, {}), checkpoints.latest):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # as a full disk
+        try:
+            checkpoints.save(2, big, {})
+            with pytest.raises(CheckpointError, match=r"saving step 2 to .*step_2 failed: "):
+                raising()
+                checkpoints.close()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert checkpoints.steps() == [1]
+        assert os.listdir(tmp_path / "checkpoints") == ["step_1"]
+        if raising == checkpoints.latest:
+            break
+    with Checkpoints(str(tmp_path), keep_n=1) as checkpoints:
+        checkpoints.save(2, big, {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [2]
+
+
+def test_a_place_that_cannot_be_written_is_an_error_at_once(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(str(tmp_path))
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"saving step 1 to .*step_1 failed"):
+        checkpoints.save(1, state_on(mesh(1, 1)), {})
     checkpoints.close()
+
+
+KILLED = """
+    import os, random, signal, sys, threading
+    import jax
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+    from mesh_transformer.checkpoints.native import Checkpoints
+
+    root, seconds = sys.argv[1], float(sys.argv[2])
+    assert not {"tensorflow", "ray", "torch"} & sys.modules.keys()
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("dp", "mp"))
+    cut = NamedSharding(mesh, PartitionSpec("dp", "mp"))
+    step_to = jax.jit(lambda s, w: (s + 1, {k: w[k] + 1 for k in w}), donate_argnums=(0, 1))
+    checkpoints = Checkpoints(root, keep_n=2, keep_every=10)
+    fresh = (
+        jax.device_put(jnp.int32(0), NamedSharding(mesh, PartitionSpec())),
+        {k: jax.device_put(jnp.full((64, 64), 1.0 * k), cut) for k in range(6)},
+    )
+    step, state = checkpoints.latest() or 0, fresh
+    if step:
+        state, extra = checkpoints.restore(step, fresh)
+        assert extra == {"samples": 8 * step}, extra
+        assert int(state[0]) == step
+        assert all((np.asarray(state[1][k]) == k + step).all() for k in range(6))
+    print("restored", step, flush=True)
+    killer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+    while True:
+        state = step_to(*state)
+        step += 1
+        checkpoints.save(step, state, {"samples": 8 * step})
+        if random.random() < 0.5:
+            checkpoints.wait()
+            print("committed", step, flush=True)
+            if not killer.is_alive():
+                killer.start()
+"""
+
+
+def test_a_run_killed_at_any_time_goes_on_from_its_last_committed_checkpoint(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(textwrap.dedent(KILLED))
+    rng = random.Random(os.environ.get("KILL_SEED", "0"))
+    committed = 0
+    for _ in range(int(os.environ.get("KILL_TIMES", "3"))):
+        ended = subprocess.run(
+            [sys.executable, "-W", "error", script, tmp_path / "run", str(rng.uniform(0, 0.5))],
+            env=os.environ | {"PYTHONPATH": str(Path(native.__file__).parents[2])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        lines = [line.split() for line in ended.stdout.splitlines()]
+        assert lines[0][0] == "restored"
+        assert int(lines[0][1]) >= committed
+        committed = max([int(step) for _, step in lines])
+    newest = locate(str(tmp_path / "run"))
+    assert newest is not None
+    assert native.read_extra(newest)["samples"] >= 8 * committed > 0
