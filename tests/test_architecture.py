@@ -29,7 +29,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
     (
         "checkpoints checkpoints.fingerprint checkpoints.retention checkpoints.native"
         " checkpoints.roles checkpoints.original checkpoints.huggingface",
-        "data data.documents data.tokenizer data.packing data.tfrecord data.jsonl data.webdataset",
+        "data data.meter data.cleaning data.documents data.tokenizer data.packing data.encoding"
+        " data.dataset data.tfrecord data.batches data.prepare data.jsonl data.webdataset",
     ),
     ("pod", "pod.worker"),
     ("pod.cluster", "pod.tpu_vm"),
@@ -121,8 +122,8 @@ def report(problems: list[str]) -> None:
 
 
 def where(path: pathlib.Path, node: ast.AST | None = None) -> str:
-    line = f":{node.lineno}" if hasattr(node, "lineno") else ""
-    return f"{path.relative_to(ROOT)}{line}"
+    line = getattr(node, "lineno", None)
+    return f"{path.relative_to(ROOT)}" + (f":{line}" if line else "")
 
 
 def test_every_module_has_a_place_in_the_rows() -> None:
@@ -271,7 +272,7 @@ def shard_problems(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
             array, dims = node.args
             written = dims.value if isinstance(dims, ast.Constant) else None
             if node.func.id == "shard" and written and suffix(array) not in (None, written):
-                yield node, f"{ast.unparse(array)} is sharded as {written}"
+                yield node, f"{ast.unparse(array)} is sharded as {written!r}"
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""From text to batches of tokens: tokenizers, documents, packing, TFRecord files and their reader."""
+"""From text to batches of tokens: tokenizers, documents, packing, TFRecord files."""
 
 
 class DataError(ValueError):

@@ -1,4 +1,4 @@
-"""Batches of token sequences for training and validation, in an order that only the files decide."""
+"""Batches of sequences for training and validation, in an order that the files alone decide."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class TokenBatches:
         tokenizer: Files that say they were made by another one are refused.
 
     Raises:
-        DataError: The data set cannot be used, holds less than one batch, or ends before `position`.
+        DataError: The data set cannot be used, holds less than a batch, or ends before `position`.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ class Origin:
         documents: Documents read, once each.
         document_tokens: Tokens in them, ends of text included.
         document_bytes: Bytes of UTF-8 in them, after cleaning.
-        command: The options that decide the content.
+        options: The options that decide the content.
     """
 
     tokenizer: str
@@ -42,7 +42,7 @@ class Origin:
     documents: int
     document_tokens: int
     document_bytes: int
-    command: dict[str, object]
+    options: dict[str, object]
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -77,7 +78,7 @@ def read(
     path: Path,
     separator: str | None,
     longest: int = 1 << 20,
-    progress: Callable[[int], object] = lambda n_bytes: None,
+    advance: Callable[[int], object] = lambda n_bytes: None,
 ) -> Iterator[Piece]:
     """Yield the documents of a file in order, empty ones left out.
 
@@ -85,7 +86,7 @@ def read(
         path: The file.
         separator: The string that ends a document inside a text (None: there is none).
         longest: A document of more characters comes in several pieces, cut at a white space.
-        progress: Is told the number of bytes of each block read from the file.
+        advance: Is told the number of bytes of each block read from the file.
 
     Raises:
         DataError: The file is damaged; the message names the file and the line.
@@ -94,7 +95,7 @@ def read(
     def blocks() -> Iterator[bytes]:
         with path.open("rb") as file:
             while block := file.read(_BLOCK):
-                progress(len(block))
+                advance(len(block))
                 yield block
 
     for texts, place, line in _texts(blocks(), str(path), path.name):
@@ -179,7 +180,7 @@ def _tar(blocks: Iterator[bytes], place: str) -> _Texts:
             for member in archive:
                 content = archive.extractfile(member) if member.isfile() else None
                 if content is not None:
-                    parts = iter(lambda content=content: content.read(_BLOCK), b"")  # type: ignore[misc]
+                    parts = iter(functools.partial(content.read, _BLOCK), b"")
                     yield from _texts(parts, f"{place}: {member.name}", member.name)
     except tarfile.TarError as error:
         raise DataError(f"{place}: the tar archive is damaged: {error}") from error
@@ -224,7 +225,7 @@ def _decoded(blocks: Iterator[bytes], place: str) -> Iterator[str]:
                 f"({error.reason}); convert the file, for example with iconv"
             ) from error
         line += text.count("\n")
-        yield newlines.decode(text, final=not block)  # type: ignore[arg-type]
+        yield newlines.decode(text, final=not block)
 
 
 def _pieces(
@@ -237,11 +238,11 @@ def _pieces(
         for document in documents:
             yield from _cut(document, longest, place, line)
             line += f"{document}{separator}".count("\n")
-        *cut, last = [*_cut(rest, longest, place, line)] or [None]
-        yield from cut
-        if last:
-            line += rest.count("\n", 0, len(rest) - len(last.text))
-            rest = last.text
+        pieces = list(_cut(rest, longest, place, line))
+        yield from pieces[:-1]
+        for piece in pieces[:-1]:
+            line += piece.text.count("\n")
+            rest = rest[len(piece.text) :]
     if rest:
         yield Piece(rest, f"{place}:{line}", ends=True)
 

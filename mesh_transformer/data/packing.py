@@ -1,8 +1,8 @@
 """Packing documents into sequences of equal length.
 
 Documents are laid end to end in some order and the whole is cut every `length` tokens. Orders are
-drawn by `random.Random(seed)` with the calls that the original script made, so the sequences are its
-sequences. Tokens stay where they are (memory-mapped): only orders and offsets are in memory.
+drawn by `random.Random(seed)` with the calls that the original script made, so the sequences are
+its sequences. Tokens stay where they are (memory-mapped): only orders and offsets are in memory.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def passes(
 ) -> Iterator[Pass]:
     """Cut the documents into sequences, `n_passes` times, each time differently.
 
-    With an `rng` every pass shuffles the documents, then the sequences. Without, the order stays, and
-    each pass begins with the trailing tokens of the pass before it, so that the cuts move along.
+    With an `rng` every pass shuffles the documents, then the sequences. Without, the order stays,
+    and each pass begins with the trailing tokens of the one before, so that the cuts move along.
 
     Args:
         documents: The documents.

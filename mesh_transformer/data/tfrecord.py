@@ -1,7 +1,7 @@
 """TFRecord files: the only module that imports TensorFlow, and only when a file is read or written.
 
 Every record is a `tf.train.Example` whose feature `text` is a list of token ids, one sequence.
-Files are plain, or ZLIB throughout; by the original's convention the latter carry "zstd" in the path.
+Files are plain or ZLIB; by the original's convention the latter carry "zstd" in the path.
 """
 
 from __future__ import annotations
@@ -258,10 +258,11 @@ def write(path: str, sequences: Iterable[np.ndarray]) -> int:
     tf = _tensorflow()
     n = 0
     with tf.io.TFRecordWriter(path) as writer:
-        for n, tokens in enumerate(sequences, 1):
+        for tokens in sequences:
             ids = tf.train.Feature(int64_list=tf.train.Int64List(value=tokens.tolist()))
             example = tf.train.Example(features=tf.train.Features(feature={"text": ids}))
             writer.write(example.SerializeToString())
+            n += 1
     return n
 
 

