@@ -14,7 +14,7 @@ import hashlib
 import json
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 # Installed packages are not the standard library; tests are, but few systems ship them.
@@ -55,10 +55,10 @@ def write_split(library: Path, output: Path) -> dict[str, tuple[int, int]]:
     return sizes
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("output", type=Path, help="folder to write train.jsonl and val.jsonl into")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     sizes = write_split(Path(sysconfig.get_path("stdlib")), args.output)
     for side, (files, characters) in sizes.items():
         print(

@@ -55,13 +55,29 @@ class Checkout:
         ):
             shutil.copy(ROOT / name, self.root / name)
 
-    def command(self, *words: str, **environment: str) -> dict:
-        variables = {"PATH": "/usr/bin:/bin", "PYTHON": str(self.python), **environment}
-        command = [str(self.root / words[0]), *words[1:]]
-        return {"args": command, "env": variables, "cwd": self.root.parent, "text": True}
+    def start(self, name: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        return self.start_by([], name, *arguments, **environment)
 
-    def run(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(**self.command(*words, **environment), capture_output=True)
+    def start_by(
+        self, prefix: list[str], name: str, *arguments: str, **environment: str
+    ) -> subprocess.Popen[str]:
+        """Start a command, given to another program that runs it."""
+        return subprocess.Popen(
+            [*prefix, str(self.root / name), *arguments],
+            env={"PATH": "/usr/bin:/bin", "PYTHON": str(self.python), **environment},
+            cwd=self.root.parent,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def run(
+        self, name: str, *arguments: str, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        with self.start(name, *arguments, **environment) as running:
+            output, errors = running.communicate()
+        return subprocess.CompletedProcess(running.args, running.returncode, output, errors)
 
     def calls(self) -> list[str]:
         """Return what the stand-in was asked to do since the last time this was asked."""
@@ -198,16 +214,20 @@ def test_quickstart_refuses_unknown_arguments(checkout: Checkout) -> None:
     assert checkout.calls() == []
 
 
+def read_until(line: str, running: subprocess.Popen[str]) -> None:
+    assert running.stdout is not None
+    assert any(found.strip() == line for found in running.stdout)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_reaches_training_once_and_quickstart_says_how_to_go_on(
     checkout: Checkout, number: signal.Signals, status: int
 ) -> None:
     (checkout.root / "device_train.py.real").write_text(INTERRUPTIBLE)
-    with subprocess.Popen(**checkout.command("quickstart"), stdout=subprocess.PIPE) as running:
-        assert running.stdout is not None
-        assert any(line == "training\n" for line in running.stdout)
+    with checkout.start("quickstart") as running:
+        read_until("training", running)
         running.send_signal(number)
-        rest = running.stdout.read()
+        rest, _ = running.communicate()
     assert f"committed after {number.name}\n" in rest
     assert "./quickstart goes on from there" in rest
     assert running.returncode == status
@@ -215,15 +235,9 @@ def test_a_signal_reaches_training_once_and_quickstart_says_how_to_go_on(
 
 def test_ctrl_c_at_a_terminal_reaches_training_once(checkout: Checkout) -> None:
     (checkout.root / "device_train.py.real").write_text(INTERRUPTIBLE)
-    command = checkout.command("quickstart")
     terminal = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
-    command["args"] = [sys.executable, "-c", terminal, *command["args"]]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(**command, **pipes) as running:
-        assert running.stdin is not None and running.stdout is not None
-        assert any(line.strip() == "training" for line in running.stdout)
-        running.stdin.write("\x03")
-        running.stdin.flush()
-        rest = running.stdout.read()
+    with checkout.start_by([sys.executable, "-c", terminal], "quickstart") as running:
+        read_until("training", running)
+        rest, _ = running.communicate("\x03")
     assert "committed after SIGINT\n" in rest
     assert running.returncode == 130
