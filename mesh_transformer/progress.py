@@ -29,7 +29,7 @@ class Status(NamedTuple):
     def __str__(self) -> str:
         parts = [f"loss {self.loss:.4f}"]
         if self.tokens_per_second is not None:
-            parts.append(f"{_engineering(self.tokens_per_second)} tok/s")
+            parts.append(f"{_three_digits(self.tokens_per_second)} tok/s")
         parts.append(f"lr {self.learning_rate:.1e}")
         if self.mfu is not None:
             parts.append(f"MFU {self.mfu:.1%}")
@@ -120,9 +120,10 @@ def for_stream(total_steps: int, step: int = 0, stream: IO[str] | None = None) -
     return Lines(total_steps, stream)
 
 
-def _engineering(number: float) -> str:
-    """Write a rate with three digits or so: 987, 12.3k, 4.56M."""
-    for unit, size in (("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
+def _three_digits(rate: float) -> str:
+    """Write a rate with three digits: 9.88, 988, 12.3k, 4.56M."""
+    unit, size = next(
+        (unit, size) for unit, size in (("M", 1e6), ("k", 1e3), ("", 0)) if rate >= 0.9995 * size
+    )
+    rate /= size or 1
+    return f"{rate:.{2 if rate < 9.995 else 1 if rate < 99.95 else 0}f}{unit}"

@@ -51,15 +51,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: FakeBuckets
 
-    def do_GET(self) -> None:
-        self._handle()
-
-    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
-
     def log_message(self, format: str, *args: object) -> None:
         """Keep the test's output clean."""
 
-    def _handle(self) -> None:
+    def answer_request(self) -> None:
         url = urllib.parse.urlsplit(self.path)
         self.query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -172,3 +167,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+for _verb in ("GET", "HEAD", "PUT", "POST", "DELETE"):
+    setattr(_Handler, f"do_{_verb}", _Handler.answer_request)
