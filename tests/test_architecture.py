@@ -27,10 +27,12 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("model.decoder", "model.encoder_decoder"),
     ("training", "training.optimizer training.gradients training.steps"),
     (
-        "checkpoints checkpoints.fingerprint checkpoints.retention checkpoints.native"
+        "checkpoints checkpoints.fingerprint checkpoints.retention checkpoints.layout"
+        " checkpoints.reading checkpoints.native"
         " checkpoints.roles checkpoints.original checkpoints.huggingface",
-        "data data.meter data.cleaning data.documents data.tokenizer data.packing data.encoding"
-        " data.dataset data.tfrecord data.batches data.prepare data.jsonl data.webdataset",
+        "data data.cleaning data.meter data.framing data.documents data.tokenizer data.packing"
+        " data.dataset data.tfrecord data.jsonl data.webdataset data.encoding data.batches"
+        " data.prepare",
     ),
     ("pod", "pod.worker"),
     ("pod.cluster", "pod.tpu_vm"),
