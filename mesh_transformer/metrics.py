@@ -252,13 +252,14 @@ class MetricsLog:
         )
         g_squared, s = new or (None, None)
         self._take_noise(g_squared, s)
-        average = self._noise.average
+        average, b_simple = self._noise.average, self._noise.b_simple
         return {
             "noise/G_noise": g_squared,
             "noise/S_noise": s,
             "noise/G_noise_avg": average and average.g_squared,
             "noise/S_noise_avg": average and average.s,
-            "noise/B_simple": self._noise.b_simple,
+            "noise/B_simple": b_simple,
+            "noise/B_simple_tokens": b_simple and b_simple * self._batch.tokens_per_sequence,
         }
 
     def _take_noise(self, g_squared: float | None, s: float | None) -> None:

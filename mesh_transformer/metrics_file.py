@@ -4,14 +4,14 @@
      "train/micro_grad_norm": ..., "train/learning_rate": ...,
      "sequences_processed": ..., "tokens_processed": ...,
      "noise/G_noise": ..., "noise/S_noise": ..., "noise/G_noise_avg": ..., "noise/S_noise_avg": ...,
-     "noise/B_simple": ...,
+     "noise/B_simple": ..., "noise/B_simple_tokens": ...,
      "train/step_seconds": ..., "train/tokens_per_sec": ..., "train/mfu": ...}
     {"step": 7, "val/loss_pile": ..., "val/accuracy_pile": ..., "val/bits_per_byte_pile": ...}
 
-Losses are in nats per token; noise scales, in sequences, are explained in `noise_scale`, MFU in
-`throughput`. null is a value that is not known. NaN and the infinities, which JSON lacks, are the
-strings "NaN", "Infinity" and "-Infinity". Numbers are written in full: what is read has the bits of
-what was written.
+Losses are in nats per token. `noise_scale` explains the noise scale, which is in sequences where
+it does not say tokens, and `throughput` MFU. null is a value that is not known. NaN and the
+infinities, which JSON lacks, are the strings "NaN", "Infinity" and "-Infinity". Numbers are written
+in full: what is read has the bits of what was written.
 """
 
 from __future__ import annotations

@@ -200,10 +200,14 @@ def _crc32c_table() -> list[int]:
 _CRC32C = _crc32c_table()
 
 
-def _masked_crc(content: bytes) -> bytes:
-    """Checksum a TFRecord field: CRC-32C, rotated and offset as the format asks."""
+def _crc32c(content: bytes) -> int:
     crc = 0xFFFFFFFF
     for byte in content:
         crc = crc >> 8 ^ _CRC32C[(crc ^ byte) & 0xFF]
-    crc ^= 0xFFFFFFFF
+    return crc ^ 0xFFFFFFFF
+
+
+def _masked_crc(content: bytes) -> bytes:
+    """Checksum a TFRecord field: CRC-32C, rotated and offset as the format asks."""
+    crc = _crc32c(content)
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)

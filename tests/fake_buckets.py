@@ -11,6 +11,8 @@ import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mesh_transformer import trackers
+
 
 class FakeBuckets(http.server.ThreadingHTTPServer):
     """One bucket named "bucket", shared by both APIs.
@@ -104,9 +106,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._json(self._resource(key))
 
     def _resource(self, key: str) -> dict[str, str]:
-        import google_crc32c
-
-        checksum = google_crc32c.value(self.server.objects[key]).to_bytes(4, "big")
+        checksum = trackers._crc32c(self.server.objects[key]).to_bytes(4, "big")
         media = f"{self.server.url}/download/storage/v1/b/bucket/o/{urllib.parse.quote(key, '')}"
         return {
             "name": key,

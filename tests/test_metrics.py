@@ -98,7 +98,9 @@ def test_every_step_is_one_line_of_the_documented_fields(tmp_path: pathlib.Path)
         "noise/G_noise_avg",
         "noise/S_noise_avg",
         "noise/B_simple",
+        "noise/B_simple_tokens",
     ]
+    assert noise["noise/B_simple_tokens"] == 16 * noise["noise/B_simple"]
     assert second == {
         "step": 2,
         "train/loss": float(step_metrics(2)["loss"]),
