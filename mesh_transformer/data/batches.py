@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import logging
 import math
@@ -11,6 +12,8 @@ import numpy as np
 
 from mesh_transformer.data import DataError, dataset, tfrecord
 from mesh_transformer.data.tokenizer import Tokenizer
+
+_LOOK_AT_ONCE = 16
 
 logger = logging.getLogger(__name__)
 
@@ -61,19 +64,33 @@ class RecordSet:
         self.index = index
         self.seq = seq
         self.n_vocab = n_vocab
-        self.files = [tfrecord.inspect(path) for path in dataset.files_of(index)]
-        self._recorded: dict[str, int] = {}
-        for file in dict.fromkeys(self.files):
-            origin = dataset.read_origin(file.path)
-            if origin is None:
-                logger.info(
-                    "%s: nothing beside it says which tokenizer made it; it is taken to be %s",
-                    file.path,
-                    tokenizer.name if tokenizer else "the right one",
-                )
-                continue
-            dataset.check_origin(origin, file.path, size=file.size, seq=seq, tokenizer=tokenizer)
-            self._recorded[file.path] = origin.sequences
+
+        def look(listed: dataset.Listed) -> tuple[tfrecord.RecordFile, dataset.Origin | None]:
+            try:
+                file = tfrecord.inspect(listed.path)
+                origin = dataset.read_origin(file.path)
+                if origin:
+                    wanted = {"seq": seq, "n_vocab": n_vocab, "tokenizer": tokenizer}
+                    dataset.check_origin(origin, file.path, size=file.size, **wanted)
+            except DataError as error:
+                raise DataError(f"{listed.place}{error}") from error
+            return file, origin
+
+        with concurrent.futures.ThreadPoolExecutor(_LOOK_AT_ONCE) as pool:
+            looked = list(pool.map(look, dataset.read_index(index)))
+        self.files = [file for file, _ in looked]
+        self._recorded = {file.path: origin.sequences for file, origin in looked if origin}
+        unknown = [file.path for file in self.files if file.path not in self._recorded]
+        if unknown:
+            logger.info(
+                "%s: %d of %d files (%s ...) come without a record of the tokenizer that made them; "
+                "they are taken to be %s",
+                index,
+                len(unknown),
+                len(self.files),
+                unknown[0],
+                tokenizer.name if tokenizer else "right",
+            )
 
     def holds(self, n_sequences: int) -> bool:
         """Tell whether there are at least so many sequences, counting no further than that."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from pathlib import PurePath
+from typing import NamedTuple
 
 from mesh_transformer import storage
 from mesh_transformer.data import DataError
 from mesh_transformer.data.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,17 +69,29 @@ def read_origin(path: str) -> Origin | None:
         ) from error
 
 
-def files_of(index: str) -> list[str]:
+class Listed(NamedTuple):
+    """A TFRecord file that an index names.
+
+    Attributes:
+        path: Where it is.
+        place: The index and the line, for messages; "" for a file that was named directly.
+    """
+
+    path: str
+    place: str
+
+
+def read_index(index: str) -> list[Listed]:
     """List the TFRecord files of an index file, or of a TFRecord file that is itself named.
 
     An index file holds one path or URL a line; blank lines and lines that begin with # do not
     count. A relative path is looked for beside the index file, in the current folder, and in data/.
 
     Raises:
-        DataError: A file is missing, or the index lists none.
+        DataError: A local file is missing, or the index lists none.
     """
     if index.endswith(".tfrecords"):
-        return [_found(index, ["", "data"], "")]
+        return [Listed(_found(index, ["", "data"], ""), "")]
     index = _found(index, ["", "data"], "index file ")
     try:
         lines = storage.read_text(index).splitlines()
@@ -91,32 +101,34 @@ def files_of(index: str) -> list[str]:
             "in .tfrecords"
         ) from error
     folder = index.rpartition("/")[0] if storage.is_remote(index) else str(PurePath(index).parent)
-    files = [
-        _found(name, [folder, "", "data"], f"{index}, line {number}: ")
-        for number, line in enumerate(lines, 1)
-        if (name := line.strip()) and not name.startswith("#")
-    ]
-    if not files:
+    listed = []
+    for number, line in enumerate(lines, 1):
+        name, place = line.strip(), f"{index}, line {number}: "
+        if name and not name.startswith("#"):
+            listed.append(Listed(_found(name, [folder, "", "data"], place), place))
+    if not listed:
         raise DataError(f"{index}: lists no file; it needs the path of a .tfrecords file a line")
-    return files
+    return listed
 
 
-def _found(name: str, folders: list[str], what: str) -> str:
-    alone = storage.is_remote(name) or PurePath(name).is_absolute()
-    paths = [name] if alone else [storage.join(f, name) if f else name for f in folders]
-    for path in paths:
+def _found(name: str, folders: list[str], place: str) -> str:
+    """Return the first of the places for a name where there is a local file, or what is remote."""
+    if storage.is_remote(name):
+        return name
+    paths = [storage.join(folder, name) if folder else name for folder in folders]
+    for path in dict.fromkeys(paths):
         if storage.exists(path):
             return path
     raise DataError(
-        f"{what}{name}: no such file (looked for {', '.join(dict.fromkeys(paths))}); "
+        f"{place}{name}: no such file (looked for {', '.join(dict.fromkeys(paths))}); "
         "create_finetune_tfrecords.py makes data sets and their index"
     )
 
 
 def check_origin(
-    origin: Origin, path: str, *, size: int, seq: int, tokenizer: Tokenizer | None
+    origin: Origin, path: str, *, size: int, seq: int, n_vocab: int, tokenizer: Tokenizer | None
 ) -> None:
-    """Refuse a file that another tokenizer made, or for another sequence length.
+    """Refuse a file that was made by another tokenizer, or for another model.
 
     Raises:
         DataError: They differ; the message names both.
@@ -137,4 +149,9 @@ def check_origin(
             f"{origin.fingerprint[:12]}), and the configuration says {tokenizer.name} "
             f"({tokenizer.fingerprint[:12]}): set tokenizer to {origin.tokenizer}, or make the "
             f"data set again with --tokenizer {tokenizer.name}"
+        )
+    if origin.n_tokens > n_vocab:
+        raise DataError(
+            f"{path}: was made with the tokenizer {origin.tokenizer}, which has {origin.n_tokens} "
+            f"tokens, and n_vocab is {n_vocab}: raise n_vocab"
         )

@@ -16,7 +16,7 @@ from typing import IO
 import numpy as np
 
 from mesh_transformer import storage
-from mesh_transformer.data import DataError, dataset, documents, meter, packing, tfrecord
+from mesh_transformer.data import DataError, dataset, documents, framing, meter, packing
 from mesh_transformer.data.encoding import Encoder, encode_to
 from mesh_transformer.data.tokenizer import Tokenizer
 
@@ -222,7 +222,7 @@ def _write(
     passes = packing.passes(texts, length, options.n_repack_epochs, rng, keep)
     losses: list[Loss] = []
     n_expected = len(texts.tokens) // length * options.n_repack_epochs
-    with meter.stage("Writing", n_expected) as advance:
+    with meter.stage("Writing", n_expected) as advance, path.open("wb") as file:
 
         def sequences() -> Iterator[np.ndarray]:
             for one in passes:
@@ -231,7 +231,9 @@ def _write(
                     advance(1)
                     yield sequence
 
-        return tfrecord.write(str(path), sequences()), losses
+        n_sequences = framing.write(file, sequences())
+        os.fsync(file.fileno())
+        return n_sequences, losses
 
 
 def _filter(tokenizer: Tokenizer, minimum: int) -> Callable[[np.ndarray], bool] | None:

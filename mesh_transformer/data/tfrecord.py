@@ -1,4 +1,4 @@
-"""TFRecord files: the only module that imports TensorFlow, and only when a file is read or written.
+"""Reading TFRecord files by tf.data: the only module that imports TensorFlow, and that late.
 
 Every record is a `tf.train.Example` whose feature `text` is a list of token ids, one sequence.
 Files are plain or ZLIB; by the original's convention the latter carry "zstd" in the path.
@@ -12,16 +12,16 @@ import functools
 import logging
 import os
 import re
-import struct
 import sys
 import types
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from mesh_transformer.data import DataError
+from mesh_transformer import storage
+from mesh_transformer.data import DataError, framing
 
 Place = tuple[int, int]
 """The number of a file in a list of files, and the number of a record in it."""
@@ -81,16 +81,10 @@ def inspect(path: str) -> RecordFile:
     Raises:
         DataError: There is no such file, it is empty, or it does not hold TFRecords.
     """
-    tf = _tensorflow()
-    try:
-        size = tf.io.gfile.stat(path).length
-        with tf.io.gfile.GFile(path, "rb") as file:
-            head = file.read(12)
-    except tf.errors.OpError as error:
-        raise DataError(f"{path}: cannot be read: {error.message}") from error
+    size, head = _remote_head(path) if storage.is_remote(path) else _local_head(path)
     if not size:
         raise DataError(f"{path}: the file is empty (0 bytes); {_AGAIN}")
-    if len(head) == 12 and _masked_crc(head[:8]) == struct.unpack("<I", head[8:])[0]:
+    if len(head) == 12 and framing.masked_checksums([head[:8]])[0] == head[8:]:
         compression = ""
     elif head[0] & 0x0F == 8 and int.from_bytes(head[:2], "big") % 31 == 0:
         compression = "ZLIB"
@@ -100,8 +94,25 @@ def inspect(path: str) -> RecordFile:
         found = f"a {kind} file: unpack it" if kind else f"bytes {head.hex(' ')}: {_AGAIN}"
         raise DataError(f"{path}: needed TFRecords, plain or ZLIB; found {found}")
     if ("zstd" in path) != (compression == "ZLIB"):
-        logger.info("%s: read as %s, which its name does not say", path, compression or "plain")
+        logger.info("%s: is %s, though its name does not say so", path, compression or "plain")
     return RecordFile(path, compression, size)
+
+
+def _local_head(path: str) -> tuple[int, bytes]:
+    try:
+        with open(path, "rb") as file:
+            return os.fstat(file.fileno()).st_size, file.read(12)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _remote_head(path: str) -> tuple[int, bytes]:
+    tf = _tensorflow()
+    try:
+        with tf.io.gfile.GFile(path, "rb") as file:
+            return file.size(), file.read(12)
+    except tf.errors.OpError as error:
+        raise DataError(f"{path}: cannot be read: {error.message}") from error
 
 
 def count(file: RecordFile, at_most: int = sys.maxsize) -> int:
@@ -110,23 +121,19 @@ def count(file: RecordFile, at_most: int = sys.maxsize) -> int:
     Raises:
         DataError: The file is corrupt or cut short.
     """
-    if file.compression or "://" in file.path:
+    if file.compression or storage.is_remote(file.path):
         tf = _tensorflow()
         try:
             records = _records([file], (0, 0), repeat=False).take(at_most)
             return int(records.reduce(0, lambda n, *_: n + 1))
         except tf.errors.OpError as error:
             raise _explained(error, [file], (0, 0)) from error
-    n, position = 0, 0
-    with open(file.path, "rb") as stream:
-        while n < at_most and (head := stream.read(12)):
-            length = int.from_bytes(head[:8], "little")
-            position += 16 + length
-            if len(head) < 12 or position > file.size:
-                raise DataError(f"{file.path}: record {n} is cut short or corrupt; {_AGAIN}")
-            stream.seek(position)
-            n += 1
-    return n
+    try:
+        return framing.count(file.path, file.size, at_most)
+    except EOFError as error:
+        raise DataError(
+            f"{file.path}: record {error.args[0]} is cut short or corrupt; {_AGAIN}"
+        ) from error
 
 
 def read_batches(
@@ -251,27 +258,3 @@ def _explained(error: Exception, files: Sequence[RecordFile], place: Place) -> D
             return DataError(f"{files[number].path}: record {n} cannot be read: {reason}; {_AGAIN}")
         number, n = (number + 1) % len(files), 0
     return DataError(f"{files[place[0]].path}: cannot be read from record {place[1]} on: {error}")
-
-
-def write(path: str, sequences: Iterable[np.ndarray]) -> int:
-    """Write sequences of token ids to a plain TFRecord file; return how many there were."""
-    tf = _tensorflow()
-    n = 0
-    with tf.io.TFRecordWriter(path) as writer:
-        for tokens in sequences:
-            ids = tf.train.Feature(int64_list=tf.train.Int64List(value=tokens.tolist()))
-            example = tf.train.Example(features=tf.train.Features(feature={"text": ids}))
-            writer.write(example.SerializeToString())
-            n += 1
-    return n
-
-
-def _masked_crc(data: bytes) -> int:
-    """Checksum as in TFRecord framing: CRC-32C, rotated by 15 bits, plus a constant."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
-    crc ^= 0xFFFFFFFF
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
