@@ -1,0 +1,115 @@
+"""Every command and path that the documents name exists and takes the arguments shown."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")]
+    if not path.parent.name.startswith(".")
+)
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+# What a command may begin with beyond `python`: checked by its own tests, or not ours.
+OTHER = {"cd", "git", "pre-commit", "source"}
+
+
+def commands(document: str) -> Iterator[list[str]]:
+    """Yield the words of each command line in a document's indented and fenced shell blocks."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    fenced = re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    indented = re.findall(
+        r"(?<=\n\n)(?: {4}.*\n)+", re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    )
+    for block in fenced + indented:
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.strip().removeprefix("$ "), comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                words.pop(0)
+            if words and (words[0] in {"python", "pip", *OTHER} or "/" in words[0]):
+                yield words
+
+
+@functools.cache
+def help_of(*program: str) -> str:
+    command = [sys.executable, *program, "--help"]
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, f"{shlex.join(command)}: {done.stderr}"
+    return done.stdout
+
+
+def check_python(words: list[str]) -> None:
+    """Check that a Python command's program exists and knows every flag that it is given."""
+    module = words[1] == "-m"
+    program = words[1:3] if module else words[1:2]
+    if program in (["-m", "venv"], ["-m", "pytest"]):
+        return
+    assert module or (ROOT / program[0]).is_file(), f"there is no {program[0]}"
+    flags = {word.partition("=")[0] for word in words if re.match(r"--\w", word)}
+    known = set(re.findall(r"--[\w-]+", help_of(*program)))
+    assert flags <= known, f"{program[-1]} does not know {sorted(flags - known)}"
+
+
+def check_pip(words: list[str]) -> None:
+    named = {
+        extra for extras in re.findall(r"\[(.*?)\]", " ".join(words)) for extra in extras.split(",")
+    }
+    assert named <= set(EXTRAS), f"there are no extras {sorted(named - set(EXTRAS))}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_commands_shown_can_be_run(document: str) -> None:
+    for words in commands(document):
+        if words[0] == "python":
+            check_python(words)
+        elif words[0] == "pip":
+            check_pip(words)
+        elif words[0] not in OTHER:
+            assert os.access(ROOT / words[0], os.X_OK), f"{words[0]} cannot be run"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_files_and_links_named_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    folder = (ROOT / document).parent
+    links = re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", text)
+    missing = [link for link in links if not (folder / link).exists()]
+    ours = r"(?:mesh_transformer|configs|tests|tools|examples|benchmarks|docs)"
+    named = re.findall(rf"(?<![\w./-])({ours}/[\w./-]*\w)", text)
+    missing += [name for name in named if not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_the_readme_shows_both_commands() -> None:
+    shown = {words[0] for words in commands("README.md")}
+    assert {"./quickstart", "./test"} <= shown
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("python no_such_script.py", "there is no no_such_script.py"),
+        ("python tools/compare_runs.py a b --tolerence 1", "does not know ['--tolerence']"),
+    ],
+)
+def test_a_command_that_cannot_be_run_is_found(command: str, problem: str) -> None:
+    with pytest.raises(AssertionError, match=re.escape(problem)):
+        check_python(shlex.split(command))
+
+
+def test_an_extra_that_is_not_there_is_found() -> None:
+    with pytest.raises(AssertionError, match="gpu"):
+        check_pip(shlex.split("pip install -e '.[test,gpu]'"))
