@@ -20,7 +20,6 @@ Without a mesh all of them are plain arithmetic.
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 COMPUTE = {"B": "dp", "H": "mp", "F": "mp", "V": "mp"}
 """Mesh axis of each dimension of activations, and of weights while in use."""
@@ -100,18 +99,22 @@ def param_dims(params: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, s
     return dims
 
 
-def specs(dims: Any, axes: Mapping[str, str]) -> Any:
-    """Return the partition of every leaf of a tree of dimensions."""
-    return jax.tree.map(lambda leaf: spec(leaf, axes), dims)
+def is_matrix(dims: str) -> bool:
+    """Say whether a parameter is multiplied by, and so cast and spread; vectors are added."""
+    return len(dims.replace("L", "")) >= 2
 
 
-def named(mesh: Mesh, partition_specs: Any) -> Any:
-    """Return the shardings on `mesh` of a tree of partitions."""
-    return jax.tree.map(
-        lambda leaf: NamedSharding(mesh, leaf),
-        partition_specs,
-        is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
-    )
+def spread_axis(dims: str) -> int | None:
+    """Return which dimension of a parameter ZeRO spreads over `dp`; None for vectors."""
+    if not is_matrix(dims):
+        return None
+    return next((i for i, dim in enumerate(dims) if STORAGE.get(dim) == "dp"), None)
+
+
+def stored_spec(dims: str, zero_stage: int) -> PartitionSpec:
+    """Return the partition of a parameter at rest, of its gradient and its Adam moments."""
+    spread = zero_stage > 0 and spread_axis(dims) is not None
+    return spec(dims, STORAGE if spread else COMPUTE)
 
 
 def axis_size(axis: str) -> int:
@@ -137,7 +140,7 @@ def over_mp(function: Any, in_dims: Sequence[str], out_dims: Any) -> Any:
 
     Only `mp` becomes manual: other axes stay as they are where tracing stands.
     """
-    if axis_size("mp") == 1 or is_manual("mp"):
+    if jax.sharding.get_abstract_mesh().empty:
         return function
     mp_axes = {dim: axis for dim, axis in COMPUTE.items() if axis == "mp"}
     return jax.shard_map(
@@ -145,6 +148,7 @@ def over_mp(function: Any, in_dims: Sequence[str], out_dims: Any) -> Any:
         in_specs=tuple(spec(dims, mp_axes) for dims in in_dims),
         out_specs=jax.tree.map(lambda dims: spec(dims, mp_axes), out_dims),
         axis_names={"mp"},
+        check_vma=False,
     )
 
 
@@ -274,7 +278,9 @@ def _lookup_backward(factors: Any, g_BTD: jax.Array) -> tuple[jax.Array, None]:
     return over_mp(local, ("VD", "BT", "BTD"), "VD")(*factors, g_BTD), None
 
 
-lookup.defvjp(lambda table_VD, ids_BT: (lookup(table_VD, ids_BT), (table_VD, ids_BT)), _lookup_backward)
+lookup.defvjp(
+    lambda table_VD, ids_BT: (lookup(table_VD, ids_BT), (table_VD, ids_BT)), _lookup_backward
+)
 
 
 def _own_rows(table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -284,8 +290,3 @@ def _own_rows(table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array, jax.Ar
     row_BT = ids_BT - first
     mine_BT = (row_BT >= 0) & (row_BT < n_rows)
     return jnp.where(mine_BT, row_BT, 0), mine_BT[..., None]
-
-
-def bytes_per_device(shape: Sequence[int], dtype: Any, sharding: NamedSharding) -> int:
-    """Return the bytes of one device's part of an array."""
-    return math.prod(sharding.shard_shape(tuple(shape))) * np.dtype(dtype).itemsize

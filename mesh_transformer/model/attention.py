@@ -74,10 +74,11 @@ def attention(
     Args:
         cached: Whether keys and values come from a cache; otherwise query t stands at slot t, and
             a fused kernel can be used.
-        implementation: "xla", or "cudnn" or "splash" for what they can do: as `implementation_for`
-            says.
+        implementation: As `implementation_for` returns it. The fused kernels serve whole sequences of a
+            multiple of 128 tokens without a bias; anything else is left to XLA.
     """
-    if implementation == "xla" or cached or positions.bias_BHTS is not None:
+    fusible = not cached and positions.bias_BHTS is None and q_BTHK.shape[1] % 128 == 0
+    if implementation == "xla" or not fusible:
         return plain(q_BTHK, k_BSHK, v_BSHK, positions)
     kernel = {"cudnn": cudnn, "splash": splash}[implementation]
     return over_mp(kernel, ("BTHK", "BSHK", "BSHK"), "BTHK")(q_BTHK, k_BSHK, v_BSHK)
@@ -128,7 +129,10 @@ def implementation_for(config: ModelConfig, device: jax.Device) -> str:
         "cudnn": [
             (device.platform != "gpu", f"it needs an NVIDIA GPU, this is {device.device_kind}"),
             (config.compute_dtype != "bfloat16", 'it needs "compute_dtype": "bfloat16"'),
-            (config.d_head % 8 != 0 or config.d_head > 256, "it needs d_head a multiple of 8, <= 256"),
+            (
+                config.d_head % 8 != 0 or config.d_head > 256,
+                "it needs d_head a multiple of 8, <= 256",
+            ),
         ],
         "splash": [
             (

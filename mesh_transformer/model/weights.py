@@ -17,7 +17,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from mesh_transformer.sharding import STORAGE, over_mp
+from mesh_transformer.sharding import over_mp, spread_axis
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +49,7 @@ def cast_at_use(dtype: jnp.dtype) -> contextlib.AbstractContextManager[Any]:
             return next_getter(value.astype(dtype) if value.ndim >= 2 else value)
         dims = value.dims[-value.value.ndim :]
         used_dtype = dtype if value.value.ndim >= 2 else value.value.dtype
-        spread = value.spread and "D" in dims
+        spread = value.spread and spread_axis(dims) is not None
         return next_getter(_use(value.value, value.gradient, dims, jnp.dtype(used_dtype), spread))
 
     return hk.custom_getter(getter)
@@ -59,7 +59,12 @@ def cast_at_use(dtype: jnp.dtype) -> contextlib.AbstractContextManager[Any]:
 def _use(
     value: jax.Array, gradient: jax.Array, dims: str, dtype: jnp.dtype, spread: bool
 ) -> jax.Array:
-    used = value.astype(dtype)
+    used = value
+    if value.dtype != dtype:
+        # Rounding before the cast changes no value; a bare cast XLA moves out of the loop over
+        # layers, and then keeps a copy of the whole model beside the masters.
+        kept = jnp.finfo(dtype)
+        used = jax.lax.reduce_precision(value, kept.nexp, kept.nmant).astype(dtype)
     return gather_over_dp(used, dims) if spread else used
 
 
@@ -79,23 +84,17 @@ def _use_backward(
 _use.defvjp(_use_forward, _use_backward)
 
 
-def gather_over_dp(shard: jax.Array, dims: str) -> jax.Array:
+def gather_over_dp(part: jax.Array, dims: str) -> jax.Array:
     """Gather the parts of a weight that `dp` spreads; `mp` keeps its split."""
-    axis = spread_axis(dims)
-    gather = functools.partial(jax.lax.all_gather, axis_name="dp", axis=axis, tiled=True)
-    return over_mp(gather, (dims,), dims)(shard)
+    gather = functools.partial(
+        jax.lax.all_gather, axis_name="dp", axis=spread_axis(dims), tiled=True
+    )
+    return over_mp(gather, (dims,), dims)(part)
 
 
 def sum_into_shards(x: jax.Array, dims: str) -> jax.Array:
     """Sum over `dp`, each device keeping its part of the `STORAGE` layout: one reduce-scatter."""
-    axis = spread_axis(dims)
     scatter = functools.partial(
-        jax.lax.psum_scatter, axis_name="dp", scatter_dimension=axis, tiled=True
+        jax.lax.psum_scatter, axis_name="dp", scatter_dimension=spread_axis(dims), tiled=True
     )
     return over_mp(scatter, (dims,), dims)(x)
-
-
-def spread_axis(dims: str) -> int:
-    """Return which dimension `STORAGE` spreads over `dp`."""
-    (axis,) = (i for i, dim in enumerate(dims) if STORAGE.get(dim) == "dp")
-    return axis

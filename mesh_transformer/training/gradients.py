@@ -25,7 +25,7 @@ from mesh_transformer.config import Config
 from mesh_transformer.model.decoder import Model
 from mesh_transformer.model.loss import TokenLoss, z_loss
 from mesh_transformer.model.weights import Weight, sum_into_shards
-from mesh_transformer.sharding import STORAGE, over_mp, shard, spec
+from mesh_transformer.sharding import is_matrix, over_mp, shard, spread_axis
 
 SCATTERED, SPREAD = 2, 3
 """The first stage that scatters the gradient sum, and the first that spreads weights in use."""
@@ -51,7 +51,9 @@ class Gradients(NamedTuple):
 
 def over_dp(function: Any, in_specs: Any, out_specs: Any) -> Any:
     """Run `function` once per replica, on the replica's own part; `mp` stays automatic."""
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={"dp"})
+    return jax.shard_map(
+        function, in_specs=in_specs, out_specs=out_specs, axis_names={"dp"}, check_vma=False
+    )
 
 
 def weights_in_use(params: Any, dims: Any, config: Config) -> Any:
@@ -71,20 +73,14 @@ def compute_copies(params: Any, dims: Any, config: Config) -> Any:
     return jax.tree.map(copy, params, dims)
 
 
-def is_matrix(dims: str) -> bool:
-    """Say whether a parameter is multiplied by (and thus cast), not added (a vector)."""
-    return len(dims.replace("L", "")) >= 2
-
-
 def dp_specs(dims: Any, *, spread: bool) -> Any:
     """Return the part of each parameter's partition that concerns `dp`."""
-    axes = {dim: axis for dim, axis in STORAGE.items() if axis == "dp" and spread}
-    return jax.tree.map(lambda letters: spec(letters, axes), dims)
 
+    def dp_spec(letters: str) -> PartitionSpec:
+        at = spread_axis(letters) if spread else None
+        return PartitionSpec(*("dp" if i == at else None for i in range(len(letters))))
 
-def varying(x: jax.Array) -> jax.Array:
-    """Mark an array as each replica's own, so that gradients by it are not summed over `dp` yet."""
-    return jax.lax.pcast(x, ("dp",), to="varying")
+    return jax.tree.map(dp_spec, dims)
 
 
 def accumulate(
@@ -126,12 +122,9 @@ def _on_one_replica(
         tokens_ABT1.shape[0],
     )
     if mask_ABT is None:
-        mask_ABT = varying(jnp.ones(tokens_ABT1[..., 1:].shape, jnp.float32))
+        mask_ABT = jnp.ones(tokens_ABT1[..., 1:].shape, jnp.float32)
     n_valid = jnp.maximum(jax.lax.psum(mask_ABT.sum(), "dp"), 1)
     n_valid_last = jnp.maximum(jax.lax.psum(mask_ABT[..., -1].sum(), "dp"), 1)
-    weights = jax.tree.map(
-        lambda w, d: w if stage >= SPREAD and "D" in d else varying(w), weights, dims
-    )
     receivers = jax.tree.map(functools.partial(_receiver, config), weights, dims)
 
     def objective(receivers: Any, tokens_BT1: jax.Array, mask_BT: jax.Array) -> Any:
@@ -152,17 +145,18 @@ def _on_one_replica(
         grads, losses = jax.grad(objective, has_aux=True)(receivers, *batch)
         grads = jax.tree.map(lambda g, d: shard(g.astype(jnp.float32), d), grads, dims)
         if stage >= SPREAD:
-            grads = jax.tree.map(lambda g, d: g if "D" in d else sum_over_dp(g, d), grads, dims)
+            grads = jax.tree.map(
+                lambda g, d: sum_over_dp(g, d) if spread_axis(d) is None else g, grads, dims
+            )
         if n_units > 1:
             squares = squares + _own_squares(grads, dims, config, n_replicas)
         return (jax.tree.map(jnp.add, total, grads), squares), losses
 
     def zeros(receiver: jax.Array, letters: str) -> jax.Array:
-        start = shard(jnp.zeros(receiver.shape, jnp.float32), letters)
-        return start if stage >= SPREAD and "D" not in letters else varying(start)
+        return shard(jnp.zeros(receiver.shape, jnp.float32), letters)
 
     n_units = n_steps if stage >= SPREAD else n_steps * n_replicas
-    start = (jax.tree.map(zeros, receivers, dims), varying(jnp.float32(0)))
+    start = (jax.tree.map(zeros, receivers, dims), jnp.float32(0))
     (total, squares), losses = jax.lax.scan(microbatch, start, (tokens_ABT1, mask_ABT))
     nll, last_loss = (jax.lax.psum(loss_A.sum(), "dp") for loss_A in losses)
     micro_norm = jnp.sqrt(jax.lax.psum(squares, "dp") * n_units) if n_units > 1 else None
@@ -183,14 +177,14 @@ def _receiver(config: Config, weight: jax.Array, dims: str) -> jax.Array:
     Where backward sums over `dp` (stage 3), it does so in float32.
     """
     low = is_matrix(dims) and config.mesh.zero_stage < SPREAD
-    return varying(jnp.zeros(weight.shape, config.model.compute_dtype if low else jnp.float32))
+    return jnp.zeros(weight.shape, config.model.compute_dtype if low else jnp.float32)
 
 
 def _own_squares(grads: Any, dims: Any, config: Config, n_replicas: int) -> jax.Array:
     """Return this replica's share of the squared norm of a microbatch's gradient."""
 
     def squares(g: jax.Array, letters: str) -> jax.Array:
-        shared = config.mesh.zero_stage >= SPREAD and "D" not in letters
+        shared = config.mesh.zero_stage >= SPREAD and spread_axis(letters) is None
         return jnp.square(g).sum() / (n_replicas if shared else 1)
 
     return sum(jax.tree.leaves(jax.tree.map(squares, grads, dims)))
@@ -205,6 +199,6 @@ def _sum_between_replicas(stage: int, total: jax.Array, dims: str) -> jax.Array:
     """Make the replicas' sums one, in the layout that the optimizer step wants."""
     if stage >= SPREAD:
         return total
-    if stage >= SCATTERED and "D" in dims:
+    if stage >= SCATTERED and spread_axis(dims) is not None:
         return sum_into_shards(total, dims)
     return sum_over_dp(total, dims)

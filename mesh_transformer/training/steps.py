@@ -18,7 +18,7 @@ from mesh_transformer.model.attention import Cache, implementation_for
 from mesh_transformer.model.decoder import Model, empty_cache, make_model
 from mesh_transformer.model.sampling import Choice, choose
 from mesh_transformer.model.weights import Weight
-from mesh_transformer.sharding import COMPUTE, STORAGE, param_dims, shard, spec
+from mesh_transformer.sharding import COMPUTE, param_dims, shard, spec, stored_spec
 from mesh_transformer.training.gradients import (
     SPREAD,
     accumulate,
@@ -153,10 +153,9 @@ def abstract_state(
     """Return shapes, dtypes and shardings of the train state, and the dimensions of the params."""
     shapes = jax.eval_shape(functools.partial(init, model, optimizer), jax.random.key(0))
     dims = param_dims(shapes.params)
-    axes = COMPUTE if config.mesh.zero_stage == 0 else STORAGE
 
     def placed(leaf: Any, letters: str = "") -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, spec(letters, axes))
+        sharding = NamedSharding(mesh, stored_spec(letters, config.mesh.zero_stage))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     state = TrainState(
@@ -187,9 +186,9 @@ def train(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one optimizer step."""
     gradients = accumulate(model, config, state.params, dims, tokens_ABT1, mask_ABT)
-    axes = COMPUTE if config.mesh.zero_stage == 0 else STORAGE
+    stage = config.mesh.zero_stage
     mean = jax.tree.map(
-        lambda g, letters: jax.lax.with_sharding_constraint(g, spec(letters, axes)),
+        lambda g, letters: jax.lax.with_sharding_constraint(g, stored_spec(letters, stage)),
         gradients.mean,
         dims,
     )
