@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Generator, Iterator, Mapping
@@ -65,17 +66,7 @@ class RecordSet:
         self.seq = seq
         self.n_vocab = n_vocab
 
-        def look(listed: dataset.Listed) -> tuple[tfrecord.RecordFile, dataset.Origin | None]:
-            try:
-                file = tfrecord.inspect(listed.path)
-                origin = dataset.read_origin(file.path)
-                if origin:
-                    wanted = {"seq": seq, "n_vocab": n_vocab, "tokenizer": tokenizer}
-                    dataset.check_origin(origin, file.path, size=file.size, **wanted)
-            except DataError as error:
-                raise DataError(f"{listed.place}{error}") from error
-            return file, origin
-
+        look = functools.partial(_look, seq=seq, n_vocab=n_vocab, tokenizer=tokenizer)
         with concurrent.futures.ThreadPoolExecutor(_LOOK_AT_ONCE) as pool:
             looked = list(pool.map(look, dataset.read_index(index)))
         self.files = [file for file, _ in looked]
@@ -83,8 +74,8 @@ class RecordSet:
         unknown = [file.path for file in self.files if file.path not in self._recorded]
         if unknown:
             logger.info(
-                "%s: %d of %d files (%s ...) come without a record of the tokenizer that made them; "
-                "they are taken to be %s",
+                "%s: %d of %d files (%s ...) come without a record of the tokenizer that made "
+                "them; they are taken to be %s",
                 index,
                 len(unknown),
                 len(self.files),
@@ -140,6 +131,22 @@ class RecordSet:
             n_vocab=self.n_vocab,
             repeat=repeat,
         )
+
+
+def _look(
+    listed: dataset.Listed, *, seq: int, n_vocab: int, tokenizer: Tokenizer | None
+) -> tuple[tfrecord.RecordFile, dataset.Origin | None]:
+    """Look at one file, and refuse it if it was made for something else."""
+    try:
+        file = tfrecord.inspect(listed.path)
+        origin = dataset.read_origin(file.path)
+        if origin:
+            dataset.check_origin(
+                origin, file.path, size=file.size, seq=seq, n_vocab=n_vocab, tokenizer=tokenizer
+            )
+    except DataError as error:
+        raise DataError(f"{listed.place}{error}") from error
+    return file, origin
 
 
 class TokenBatches:

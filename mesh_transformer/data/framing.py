@@ -58,7 +58,9 @@ def _field(tag: int, content: bytes) -> bytes:
 def _varints(tokens: np.ndarray) -> list[bytes]:
     """Encode each row of ids (below 2**32) as protobuf varints: 7 bits a byte, lowest first."""
     n_bits = int(tokens.max()).bit_length()
-    shifted = tokens[..., None].astype(np.uint32) >> np.arange(0, max(n_bits, 1), 7, np.uint32)
+    shifted = tokens[..., None].astype(np.uint32) >> np.arange(
+        0, max(n_bits, 1), 7, dtype=np.uint32
+    )
     more = shifted >> 7 > 0
     used = np.concatenate([np.ones_like(more[..., :1]), more[..., :-1]], -1)
     octets = (shifted & 127).astype(np.uint8) | more.astype(np.uint8) << 7
@@ -68,7 +70,7 @@ def _varints(tokens: np.ndarray) -> list[bytes]:
 @functools.cache
 def _tables() -> np.ndarray:
     """Checksum tables for four bytes at once: table k is for a byte with k more after it."""
-    table = np.arange(256, dtype=np.uint32)
+    table: np.ndarray = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = table >> 1 ^ np.where(table & 1, np.uint32(0x82F63B78), np.uint32(0))
     tables = [table]

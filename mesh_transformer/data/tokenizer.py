@@ -29,8 +29,8 @@ END_OF_TEXT = "<|endoftext|>"
 # What the end of a text is called where no tokenizer_config.json says it, most telling name first.
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>", "[SEP]")
 
-# How many ids of context decide what a token's text is, and may make up one character.
-_CONTEXT = 8
+# No character has more bytes, so none has more tokens.
+_LONGEST_CHARACTER = 4
 
 # Two tokenizers with one vocabulary that also split this alike are taken to be the same.
 _PROBE = (
@@ -195,7 +195,8 @@ def byte_lengths(tokenizer: Tokenizer) -> np.ndarray | None:
 class TextStream:
     """Turns ids into text as they come, never breaking a character of several bytes.
 
-    What `push` gave for each id and then `finish`, joined, is the decoded text.
+    What `push` gave for each id and then `finish`, joined, is the decoded text. (Only where a
+    SentencePiece model has written bytes that are no characters may the U+FFFD differ in number.)
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -204,7 +205,7 @@ class TextStream:
         if self._table is not None:
             self._table[tokenizer.eot_id] = tokenizer.eot_text.encode()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        # Without a table: ids already shown, which give the next ones their context, then held ids.
+        # Without a table: the ids shown last, which give those held now their context.
         self._shown: list[int] = []
         self._held: list[int] = []
 
@@ -214,10 +215,9 @@ class TextStream:
             return self._utf8.decode(self._table[token_id])
         self._held.append(token_id)
         text = self._held_text()
-        if text.endswith("\ufffd") and len(self._held) < _CONTEXT:
+        if text.endswith("\ufffd") and len(self._held) < _LONGEST_CHARACTER:
             return ""
-        self._shown = (self._shown + self._held)[-_CONTEXT:]
-        self._held = []
+        self._shown, self._held = self._held, []
         return text
 
     def finish(self) -> str:
