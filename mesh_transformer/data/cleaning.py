@@ -12,7 +12,9 @@ _WIKITEXT = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         ("s '", "s'"),
-        (r" @([-,.])@ ", r"\1"),
+        (" @-@ ", "-"),
+        (" @,@ ", ","),
+        (r" @\.@ ", "."),
         (" : ", ": "),
         (" ; ", "; "),
         (r" \. ", ". "),

@@ -182,6 +182,8 @@ def _tar(blocks: Iterator[bytes], place: str) -> _Texts:
                 if content is not None:
                     parts = iter(functools.partial(content.read, _BLOCK), b"")
                     yield from _texts(parts, f"{place}: {member.name}", member.name)
+        while file.read(_BLOCK):  # to the end, where compressed data has its checksum
+            pass
     except tarfile.TarError as error:
         raise DataError(f"{place}: the tar archive is damaged: {error}") from error
 
@@ -250,8 +252,8 @@ def _pieces(
 def _cut(document: str, longest: int, place: str, line: int) -> Iterator[Piece]:
     begin = 0
     while len(document) - begin > longest:
-        # At most the second half of a piece is searched, and a separator that has only begun at
-        # the end of the text so far stays whole.
+        # Not all of the piece is searched; and a separator of which only the beginning is in the
+        # text so far stays whole.
         window = begin + longest // 2, begin + longest - longest // 8
         border = next(filter(None, (b.match(document, *window) for b in _BORDERS)), None)
         end = border.end() if border else window[1]
