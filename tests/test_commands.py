@@ -15,11 +15,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 FAKE_PYTHON = r"""#!/bin/bash
 here=$(dirname "$(readlink -f "$0")")
 case "$*" in
-"- "*) exec {real} "$@" ;;
+"- "*) exec "{real}" "$@" ;;
 --version) echo "Python 3.11.0" ;;
-"-m venv "*) echo venv >>{log}; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
-"-m pip "*) echo "pip ${{*: -1}}" >>{log}; [[ ! -e {log}.fail ]] ;;
-*) [[ ! -e $1.real ]] || exec {real} "$1.real" "$@"; echo "$*" >>{log} ;;
+"-m venv "*) echo venv >>"{log}"; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+"-m pip "*) echo "pip ${{*: -1}}" >>"{log}"; [[ ! -e "{log}.fail" ]] ;;
+*) [[ ! -e $1.real ]] || exec "{real}" "$1.real" "$@"; echo "$*" >>"{log}" ;;
 esac
 """
 
