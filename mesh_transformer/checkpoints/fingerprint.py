@@ -4,15 +4,22 @@ Each element's bits are mixed with its place in the global array and the results
 modulo 2^32. Integer addition has no rounding and no order, so the same content gives the same
 fingerprint on every mesh and backend, and a changed, moved, lost or repeated element gives another
 (but for one chance in 2^32). It guards against accidents, not against malice.
+
+Each device adds up what it holds; the host adds up the devices. Nothing is communicated between
+devices: many small programs with collectives in flight at once can deadlock XLA's CPU backend.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 _GOLDEN = 0x9E3779B1  # 2^32 / golden ratio, odd: spreads places over all 32 bits
 _MIX = (0x85EBCA6B, 0xC2B2AE35)  # the finaliser of MurmurHash3, a public-domain bit mixer
@@ -20,18 +27,63 @@ _MIX = (0x85EBCA6B, 0xC2B2AE35)  # the finaliser of MurmurHash3, a public-domain
 
 def fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
     """Compute the fingerprint of each array, where it lies, as 8 hexadecimal digits."""
-    sums = {path: _fingerprint(array) for path, array in arrays.items()}
-    return {path: f"{int(total):08x}" for path, total in sums.items()}
+    sums = {path: _device_sums(array) for path, array in arrays.items()}  # all begun, none awaited
+    ours = [sum(int(np.asarray(part).item()) for part in parts) for parts in sums.values()]
+    totals = np.array(ours, np.uint64).astype(np.uint32)
+    if jax.process_count() > 1:
+        totals = multihost_utils.process_allgather(totals).sum(axis=0, dtype=np.uint32)
+    return {path: f"{total:08x}" for path, total in zip(arrays, totals.tolist(), strict=True)}
 
 
-@jax.jit
-def _fingerprint(array: jax.Array) -> jax.Array:
-    words = _words(array)
-    place = jnp.zeros(words.shape, jnp.uint32)
+def _device_sums(array: jax.Array) -> list[jax.Array]:
+    """Begin to add up each part of the array that this process holds, once where it is repeated."""
+    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    if isinstance(array.sharding, NamedSharding):
+        sums = _summing(array.sharding.mesh, array.sharding.spec, array.ndim)(array)
+        by_device = {shard.device: shard.data for shard in sums.addressable_shards}
+        return [by_device[shard.device] for shard in shards]
+    starts = [np.array([cut.start or 0 for cut in shard.index], np.uint32) for shard in shards]
+    return [
+        _sum(shard.data, start, array.shape) for shard, start in zip(shards, starts, strict=True)
+    ]
+
+
+@functools.cache
+def _summing(mesh: Mesh, spec: PartitionSpec, n_dims: int) -> Callable[[jax.Array], jax.Array]:
+    """Make the program in which each device adds up its own part of an array: [devices]."""
+    axes_by_dim = [*spec, *[None] * (n_dims - len(spec))]
+
+    def part_sum(part: jax.Array) -> jax.Array:
+        counts = [jax.lax.axis_size(axes) if axes else 1 for axes in axes_by_dim]
+        starts = [
+            jax.lax.axis_index(axes) * size if axes else 0
+            for axes, size in zip(axes_by_dim, part.shape, strict=True)
+        ]
+        shape = tuple(count * size for count, size in zip(counts, part.shape, strict=True))
+        return _sum(part, starts, shape)[None]
+
+    return jax.jit(
+        jax.shard_map(
+            part_sum,
+            mesh=mesh,
+            in_specs=spec,
+            out_specs=PartitionSpec(mesh.axis_names),
+            check_vma=False,
+        )
+    )
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _sum(part: jax.Array, starts: Sequence[jax.Array | int], shape: tuple[int, ...]) -> jax.Array:
+    """Add up the mixed bits of the part of an array of `shape` that begins at `starts`."""
+    words = _words(part)
+    shape = (*shape, *words.shape[part.ndim :])
+    place = jnp.ones(words.shape, jnp.uint32)
     for axis in range(words.ndim):
-        stride = math.prod(words.shape[axis + 1 :]) % 2**32
-        place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride)
-    mixed = words ^ ((place + jnp.uint32(1)) * jnp.uint32(_GOLDEN))
+        start = jnp.asarray(starts[axis] if axis < part.ndim else 0).astype(jnp.uint32)
+        stride = jnp.uint32(math.prod(shape[axis + 1 :]) % 2**32)
+        place += (jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) + start) * stride
+    mixed = words ^ (place * jnp.uint32(_GOLDEN))
     for factor, shift in zip(_MIX, (16, 13), strict=True):
         mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
     return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)

@@ -131,8 +131,13 @@ def by_path(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def state_handler(read_gb: int | None = None) -> ocp.PyTreeCheckpointHandler:
     """Make what writes and reads `state/`, with at most `read_gb` gigabytes in flight at a time."""
+    # Hosts share the writing of what is repeated; one host would only cut arrays up for nothing.
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=jax.process_count() > 1)
     return ocp.PyTreeCheckpointHandler(
-        use_zarr3=True, use_compression=False, restore_concurrent_gb=read_gb
+        use_zarr3=True,
+        use_compression=False,
+        restore_concurrent_gb=read_gb,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
     )
 
 
