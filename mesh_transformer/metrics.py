@@ -122,7 +122,7 @@ class MetricsLog:
             total_steps=config.run.total_steps,
             batch=BatchSizes(
                 sequences=config.sequences_per_step(n_devices),
-                micro_sequences=config.batch.per_replica_batch,
+                micro_sequences=_micro_sequences(config, n_devices),
                 tokens_per_sequence=config.model.seq,
             ),
             step=step,
@@ -284,3 +284,13 @@ class MetricsLog:
             eta_seconds=None if wall is None else wall * left,
         )
         self._progress.show(self._step, status)
+
+
+def _micro_sequences(config: Config, n_devices: int) -> int:
+    """Sequences of the microbatches whose gradients' norms `micro_grad_norm` averages.
+
+    From ZeRO stage 3 on, gradients are summed over replicas before anyone sees one replica's.
+    """
+    if config.mesh.zero_stage == 3:
+        return config.global_batch(n_devices)
+    return config.batch.per_replica_batch

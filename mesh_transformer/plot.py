@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mesh_transformer import metrics_file, storage
+from mesh_transformer.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +27,7 @@ WINDOW_SHARE = 50
 """The smoothed curve averages over windows of one such part of the run."""
 
 
-class NothingToPlotError(ValueError):
+class NothingToPlotError(UserError):
     """Raised when a metrics file is not there or has no optimizer step in it."""
 
 

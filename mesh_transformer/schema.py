@@ -15,8 +15,10 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
+from mesh_transformer.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A configuration that cannot run; `problems` holds every reason, one sentence each."""
 
     def __init__(self, source: str, problems: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""The session protocol: all that a training loop, an evaluation or a server needs to know of a model.
+"""The session protocol: all that a training loop, an evaluation or a server knows of a model.
 
 A `pod.worker.Worker` implements it on one host; a cluster of hosts implements it over remote calls.
 Arrays that cross this border are NumPy arrays of token ids and scalars; weights never do.
@@ -41,8 +41,8 @@ class Sampling:
         temperature: Divides the logits; 0 takes the most likely token (greedy).
         top_k: Keep the k most likely tokens; 0 keeps all.
         top_p: Keep the smallest set of tokens whose probability reaches p; 1 keeps all.
-        seed: Seeds the draw. The same seed, prompt and weights give the same tokens, whatever
-            else is in the batch.
+        seed: Seeds the draw. The same seed, prompt and place in the batch give the same tokens,
+            whatever the other prompts are.
         stop_ids: Token ids that end a sequence; the stopping token is not part of the output.
     """
 
@@ -78,7 +78,7 @@ class Generation(NamedTuple):
 
 
 class Restored(NamedTuple):
-    """What `restore` found: the optimizer step of the checkpoint and the data position saved with it."""
+    """What `restore` found: the checkpoint's optimizer step and data position."""
 
     step: int
     position: Position

@@ -1,6 +1,6 @@
-"""Where every dimension lives: the mesh, two small maps, one table, and the products that cross `mp`.
+"""Where every dimension lives: the mesh, two maps, one table, and the products that cross `mp`.
 
-Dimensions are named by one letter each, everywhere (array suffixes, einsum subscripts, this table):
+One letter names a dimension everywhere: in array suffixes, einsum subscripts and this table.
 
     A  gradient-accumulation microbatches    H  attention heads
     B  sequences                             K  features per head
@@ -278,9 +278,11 @@ def _lookup_backward(factors: Any, g_BTD: jax.Array) -> tuple[jax.Array, None]:
     return over_mp(local, ("VD", "BT", "BTD"), "VD")(*factors, g_BTD), None
 
 
-lookup.defvjp(
-    lambda table_VD, ids_BT: (lookup(table_VD, ids_BT), (table_VD, ids_BT)), _lookup_backward
-)
+def _lookup_forward(table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array, Any]:
+    return lookup(table_VD, ids_BT), (table_VD, ids_BT)
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def _own_rows(table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -19,6 +19,8 @@ import uuid
 from collections.abc import Iterator
 from typing import IO, Any
 
+from mesh_transformer.errors import UserError
+
 EXTRAS = {"gs": "gcs", "s3": "s3"}
 """The optional dependencies, `mesh-transformer[gcs]` and `[s3]`, that each scheme needs."""
 
@@ -28,7 +30,7 @@ _LOG_IN = {
 }
 
 
-class StorageError(ValueError):
+class StorageError(UserError):
     """Raised when a store cannot be reached at all: package, credentials, bucket or scheme."""
 
 

@@ -19,9 +19,10 @@ from typing import Protocol
 
 from mesh_transformer import storage
 from mesh_transformer.config import Config
+from mesh_transformer.errors import UserError
 
 
-class TrackerError(ValueError):
+class TrackerError(UserError):
     """Raised when a tracker that the configuration asks for cannot start."""
 
 

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "mesh_transformer"
 # A module imports from rows above it, and from what stands to the left of it in its own group. So
 # every import points one way. Names that no file has yet are places kept free.
 ROWS: tuple[tuple[str, ...], ...] = (
-    ("schema rules config", "session"),
+    ("errors schema rules config", "session"),
     (
         "sharding",
         "storage noise_scale throughput progress trackers metrics_file metrics plot",
@@ -36,7 +36,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ),
     ("pod", "pod.worker"),
     ("pod.cluster", "pod.tpu_vm"),
-    ("training.loop", "harness", "serving serving.engine serving.http", "plan"),
+    ("training.loop", "harness", "serving serving.text serving.engine serving.http", "plan"),
 )
 
 # Heavy or optional packages, and the only modules of the library that may import them.

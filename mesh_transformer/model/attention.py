@@ -7,13 +7,15 @@ padding on the right; a padded slot lies beyond every real position until it is 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.sharding import over_mp, shard
+
+Implementation = Literal["xla", "cudnn", "splash"]
 
 
 class Positions(NamedTuple):
@@ -54,10 +56,11 @@ class Cache(NamedTuple):
 
     def keys_and_values(self) -> tuple[jax.Array, jax.Array]:
         """Return this layer's keys and values, `BSHK` each."""
-        return (
-            shard(jax.lax.dynamic_index_in_dim(stack, self.layer, keepdims=False), "BSHK")
+        k_BSHK, v_BSHK = (
+            jax.lax.dynamic_index_in_dim(stack, self.layer, keepdims=False)
             for stack in (self.k_LBSHK, self.v_LBSHK)
         )
+        return shard(k_BSHK, "BSHK"), shard(v_BSHK, "BSHK")
 
 
 def attention(
@@ -74,7 +77,7 @@ def attention(
     Args:
         cached: Whether keys and values come from a cache; otherwise query t stands at slot t, and
             a fused kernel can be used.
-        implementation: As `implementation_for` returns it. The fused kernels serve whole sequences of a
+        implementation: As `implementation_for` returns it. Fused kernels serve whole sequences of a
             multiple of 128 tokens without a bias; anything else is left to XLA.
     """
     fusible = not cached and positions.bias_BHTS is None and q_BTHK.shape[1] % 128 == 0
@@ -107,7 +110,7 @@ def cudnn(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array) -> jax.Array:
 
 
 def splash(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array) -> jax.Array:
-    """Causal attention by JAX's splash kernel (TPU v4 and newer), which never holds T x T logits."""
+    """Causal attention by JAX's splash kernel (TPU v4 and newer): no T x T logits in memory."""
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     length, n_heads, d_head = q_BTHK.shape[1:]
@@ -117,14 +120,14 @@ def splash(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array) -> jax.Array
     return jax.vmap(attend)(q_BHTK * d_head**-0.5, k_BHTK, v_BHTK).swapaxes(1, 2)
 
 
-def implementation_for(config: ModelConfig, device: jax.Device) -> str:
+def implementation_for(config: ModelConfig, device: jax.Device) -> Implementation:
     """Return the attention implementation that runs this model on this kind of device.
 
     Raises:
         ValueError: The configuration forces one that cannot run there; every reason is named.
     """
     is_v4_or_newer = not any(old in device.device_kind for old in ("v2", "v3"))
-    obstacles = {
+    obstacles: dict[Implementation, list[tuple[bool, str]]] = {
         "xla": [],
         "cudnn": [
             (device.platform != "gpu", f"it needs an NVIDIA GPU, this is {device.device_kind}"),
@@ -146,9 +149,9 @@ def implementation_for(config: ModelConfig, device: jax.Device) -> str:
     reasons = {name: [why for no, why in found if no] for name, found in obstacles.items()}
     if config.attention == "auto":
         return next(name for name in ("cudnn", "splash", "xla") if not reasons[name])
-    if reasons[config.attention]:
+    if why := reasons[config.attention]:
         raise ValueError(
-            f'"attention": "{config.attention}" cannot be used: {"; ".join(reasons[config.attention])}'
-            '; set "attention" to "auto" or "xla"'
+            f'"attention": "{config.attention}" cannot be used: {"; ".join(why)}; '
+            'set "attention" to "auto" or "xla"'
         )
     return config.attention

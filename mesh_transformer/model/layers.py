@@ -164,7 +164,7 @@ def rotate(x_BTHK: jax.Array, angles_BTR: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass
 class Embed(hk.Module):
-    """Token embeddings `[V, D]` and one bias `[D]`, as the original has it; split over `mp` by V."""
+    """Token embeddings `[V, D]`, split over `mp` by V, and the original's one bias `[D]`."""
 
     config: ModelConfig
     name: str | None = None

@@ -25,7 +25,7 @@ from mesh_transformer.config import Config
 from mesh_transformer.model.decoder import Model
 from mesh_transformer.model.loss import TokenLoss, z_loss
 from mesh_transformer.model.weights import Weight, sum_into_shards
-from mesh_transformer.sharding import is_matrix, over_mp, shard, spread_axis
+from mesh_transformer.sharding import is_matrix, over_mp, shard, spread_axis, sum_of
 
 SCATTERED, SPREAD = 2, 3
 """The first stage that scatters the gradient sum, and the first that spreads weights in use."""
@@ -101,11 +101,12 @@ def accumulate(
     mask_spec = None if mask_ABT is None else data_spec
     grads_specs = dp_specs(dims, spread=stage >= SCATTERED)
     replica = functools.partial(_on_one_replica, model, config, dims)
-    return over_dp(
+    mean, loss, last_loss, micro_norm = over_dp(
         replica,
         in_specs=(dp_specs(dims, spread=stage >= SPREAD), data_spec, mask_spec),
-        out_specs=Gradients(grads_specs, PartitionSpec(), PartitionSpec(), PartitionSpec()),
+        out_specs=(grads_specs, PartitionSpec(), PartitionSpec(), PartitionSpec()),
     )(weights, tokens_ABT1, mask_ABT)
+    return Gradients(mean, loss, last_loss, micro_norm)
 
 
 def _on_one_replica(
@@ -115,7 +116,7 @@ def _on_one_replica(
     weights: Any,
     tokens_ABT1: jax.Array,
     mask_ABT: jax.Array | None,
-) -> Gradients:
+) -> tuple[Any, jax.Array, jax.Array, jax.Array | None]:
     stage, n_replicas, n_steps = (
         config.mesh.zero_stage,
         jax.lax.axis_size("dp"),
@@ -161,7 +162,7 @@ def _on_one_replica(
     nll, last_loss = (jax.lax.psum(loss_A.sum(), "dp") for loss_A in losses)
     micro_norm = jnp.sqrt(jax.lax.psum(squares, "dp") * n_units) if n_units > 1 else None
     mean = jax.tree.map(functools.partial(_sum_between_replicas, stage), total, dims)
-    return Gradients(mean, nll, last_loss, micro_norm)
+    return mean, nll, last_loss, micro_norm
 
 
 def score(model: Model, params: Any, tokens_BT1: jax.Array) -> TokenLoss:
@@ -187,7 +188,7 @@ def _own_squares(grads: Any, dims: Any, config: Config, n_replicas: int) -> jax.
         shared = config.mesh.zero_stage >= SPREAD and spread_axis(letters) is None
         return jnp.square(g).sum() / (n_replicas if shared else 1)
 
-    return sum(jax.tree.leaves(jax.tree.map(squares, grads, dims)))
+    return sum_of(jax.tree.leaves(jax.tree.map(squares, grads, dims)))
 
 
 def sum_over_dp(x: jax.Array, dims: str) -> jax.Array:

@@ -43,7 +43,7 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def _progress(count: jax.Array, steps: int) -> jax.Array:
-    """Return how much of `steps` is done at `count`, 0 to 1; 1 from count 0 on if there are none."""
+    """Return how much of `steps` is done at `count`, 0 to 1; all from count 0 if there are none."""
     if steps == 0:
         return jnp.where(count >= 0, 1.0, 0.0)
     return jnp.clip(count, 0, steps) / steps

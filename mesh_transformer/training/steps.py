@@ -66,7 +66,24 @@ class Continuation(NamedTuple):
     position_B: jax.Array
     last_B: jax.Array
     done_B: jax.Array
-    cache: Cache
+    cache: Cache | None
+
+
+class Compiled:
+    """A function compiled on its first call, with the mesh in force while it is traced."""
+
+    def __init__(self, mesh: Mesh, function: Callable[..., Any], **options: Any) -> None:
+        self._mesh = mesh
+        self._jitted = jax.jit(function, **options)
+
+    def __call__(self, *args: Any) -> Any:
+        with jax.set_mesh(self._mesh):
+            return self._jitted(*args)
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """Lower for arguments that may be shapes, to look at the program or compile it ahead."""
+        with jax.set_mesh(self._mesh):
+            return self._jitted.lower(*args)
 
 
 class Steps(NamedTuple):
@@ -79,17 +96,17 @@ class Steps(NamedTuple):
             last_loss, grad_norm, micro_grad_norm, lr; float32 scalars.
         evaluate: params, tokens_BT1 -> loss_BT, correct_BT.
         copies: params -> the weights in the compute dtype, for `prefill` and `decode`.
-        prefill: copies, tokens_BS -> Cache of all S positions.
-        decode: copies, Continuation (donated), Choice, stop_N, n -> Continuation, up to n tokens on.
+        prefill: copies, tokens_BT, S -> Cache with room for S positions.
+        decode: copies, Continuation (donated), Choice, stop_N, n -> Continuation, n tokens on.
     """
 
     state: TrainState
-    init: Callable[..., TrainState]
-    train: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    evaluate: Callable[..., tuple[jax.Array, jax.Array]]
-    copies: Callable[..., Any]
-    prefill: Callable[..., Cache]
-    decode: Callable[..., Continuation]
+    init: Compiled
+    train: Compiled
+    evaluate: Compiled
+    copies: Compiled
+    prefill: Compiled
+    decode: Compiled
 
 
 def make_steps(config: Config, mesh: Mesh) -> Steps:
@@ -98,10 +115,9 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
     Raises:
         ValueError: The model cannot run on the mesh's devices as configured.
     """
-    attention = implementation_for(config.model, mesh.devices.flat[0])
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, attention=attention)
-    )
+    implementation = implementation_for(config.model, mesh.devices.flat[0])
+    decided = dataclasses.replace(config.model, attention=implementation)
+    config = dataclasses.replace(config, model=decided)
     model, optimizer = make_model(config.model), make_optimizer(config.optimizer)
     state, dims = abstract_state(config, mesh, model, optimizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -110,7 +126,7 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
         NamedSharding(mesh, spec(letters, COMPUTE)) for letters in ("ABT", "BT")
     )
     bound = functools.partial(functools.partial, config=config, model=model, dims=dims)
-    compiled = functools.partial(_under, mesh)
+    compiled = functools.partial(Compiled, mesh)
     return Steps(
         state=state,
         init=compiled(functools.partial(init, model, optimizer), out_shardings=shardings),
@@ -126,25 +142,9 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
             out_shardings=everywhere,
         ),
         copies=compiled(bound(copies), in_shardings=(shardings.params,)),
-        prefill=compiled(bound(prefill)),
+        prefill=compiled(bound(prefill), static_argnums=2),
         decode=compiled(bound(decode), donate_argnums=1),
     )
-
-
-def _under(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Compile a function that is traced with the mesh in force; `.lower` is kept."""
-    jitted = jax.jit(function, **options)
-
-    def call(*args: Any) -> Any:
-        with jax.set_mesh(mesh):
-            return jitted(*args)
-
-    def lower(*args: Any) -> Any:
-        with jax.set_mesh(mesh):
-            return jitted.lower(*args)
-
-    call.lower = lower
-    return call
 
 
 def abstract_state(
@@ -232,16 +232,16 @@ def copies(params: hk.Params, *, config: Config, model: Model, dims: Any) -> Any
 
 
 def prefill(
-    weights: Any, tokens_BS: jax.Array, *, config: Config, model: Model, dims: Any
-) -> Cache:
-    """Return the keys and values of prompts padded on the right; what follows the end is junk.
+    weights: Any, tokens_BT: jax.Array, n_slots: int, *, config: Config, model: Model, dims: Any
+) -> Cache | None:
+    """Return the keys and values of prompts padded on the right, with room for `n_slots` positions.
 
-    Junk slots lie beyond the positions that any query sees, and decoding overwrites them.
+    What lies past a prompt's end is junk: beyond the positions that any query sees, and
+    overwritten as decoding gets there.
     """
-    cache = empty_cache(config.model, *tokens_BS.shape)
-    positions_BS = jnp.arange(tokens_BS.shape[1])[None]
-    _, cache = model.apply(weights, shard(tokens_BS, "BS"), positions_BS, cache)
-    return cache
+    cache = empty_cache(config.model, tokens_BT.shape[0], n_slots)
+    positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+    return model.apply(weights, shard(tokens_BT, "BT"), positions_BT, cache)[1]
 
 
 def decode(
@@ -255,7 +255,7 @@ def decode(
     model: Model,
     dims: Any,
 ) -> Continuation:
-    """Draw up to `n` tokens for each sequence; sequences end at a stop token or their last position.
+    """Draw up to `n` tokens for each sequence; a stop token or the last position ends one.
 
     Each round feeds the token at `position_B` and draws the one after it.
     """

@@ -1,0 +1,1 @@
+"""From a model to people: text in, text out."""
