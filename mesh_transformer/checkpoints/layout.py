@@ -31,11 +31,13 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
+import fsspec
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from mesh_transformer import storage
+from mesh_transformer.errors import UserError
 
 # Buckets are listed through etils, which takes TensorFlow for it where that is installed.
 os.environ.setdefault("EPATH_USE_TF", "false")
@@ -50,13 +52,17 @@ _STEP_FOLDER = re.compile(r"step_(\d+)")
 _OUR_FOLDER = re.compile(rf"step_\d+({re.escape(_TMP)}.*)?")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint cannot be written, or cannot be read as what is asked for."""
 
 
 def absolute(path: str) -> epath.Path:
     """Make a path object of a local path or a URL; Orbax takes absolute paths only."""
-    return epath.Path(path) if storage.is_remote(path) else epath.Path(path).absolute()
+    if not storage.is_remote(path):
+        return epath.Path(path).absolute()
+    # Other hosts write to the bucket, so it must be listed afresh each time.
+    fsspec.config.conf.setdefault(path.split("://")[0], {})["use_listings_cache"] = False
+    return epath.Path(path)
 
 
 def step_folder(folder: epath.Path, step: int) -> epath.Path:
@@ -82,7 +88,7 @@ def latest(folder: epath.Path) -> int | None:
 
 def unfinished(folder: epath.Path) -> list[epath.Path]:
     """List the folders that a save or a deletion has begun and not ended."""
-    ours = [child for child in folder.iterdir() if _OUR_FOLDER.fullmatch(child.name)]
+    ours = [child for child in _children(folder) if _OUR_FOLDER.fullmatch(child.name)]
     return [child for child in ours if not is_complete(child)]
 
 
@@ -99,9 +105,8 @@ def being_written(folder: epath.Path) -> epath.Path:
 
 def list_files(folder: epath.Path) -> None:
     """Write down which files there are in a step folder, for `damaged_files`."""
-    walks = [walk for item in ("about", "state") for walk in (folder / item).walk()]
-    files = [parent / name for parent, _, names in walks for name in names]
-    listed = {str(path.relative_to(folder)): _file_summary(path) for path in files}
+    names = [name for item in ("about", "state") for name in _file_names(folder, item)]
+    listed = {name: _file_summary(folder / name) for name in names}
     (folder / _FILES).write_text(json.dumps(listed))
 
 
@@ -165,10 +170,22 @@ def reason(error: BaseException) -> str:
 
 def _candidates(folder: epath.Path) -> list[int]:
     """List the steps that have a folder, complete or not, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = (_STEP_FOLDER.fullmatch(child.name) for child in folder.iterdir())
+    found = (_STEP_FOLDER.fullmatch(child.name) for child in _children(folder))
     return sorted(int(match[1]) for match in found if match)
+
+
+def _children(folder: epath.Path) -> list[epath.Path]:
+    """List what is in a folder: nothing if there is none, as in a bucket before the first file."""
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _file_names(folder: epath.Path, inside: str) -> list[str]:
+    """List all files inside a folder in `folder`, as paths from `folder`."""
+    names = []
+    for child in sorted(_children(folder / inside), key=lambda child: child.name):
+        name = f"{inside}/{child.name}"
+        names += _file_names(folder, name) if child.is_dir() else [name]
+    return names
 
 
 def _file_summary(path: epath.Path) -> list[int | None]:
