@@ -41,11 +41,12 @@ class Position:
         Raises:
             DataError: The value is something else.
         """
-        counts = [value.get("epoch"), value.get("sample")]
-        epoch, sample = (n if isinstance(n, int) and n >= 0 else None for n in counts)
-        if epoch is None or sample is None or len(value) != 2:
-            raise DataError(f'a data position needs counts "epoch" and "sample", found {value}')
-        return cls(epoch, sample)
+        match value:
+            case {"epoch": int(epoch), "sample": int(sample)} if (
+                len(value) == 2 and epoch >= 0 and sample >= 0
+            ):
+                return cls(epoch, sample)
+        raise DataError(f'a data position needs counts "epoch" and "sample", found {value}')
 
 
 class RecordSet:
@@ -70,8 +71,12 @@ class RecordSet:
         with concurrent.futures.ThreadPoolExecutor(_LOOK_AT_ONCE) as pool:
             looked = list(pool.map(look, dataset.read_index(index)))
         self.files = [file for file, _ in looked]
-        self._recorded = {file.path: origin.sequences for file, origin in looked if origin}
-        unknown = [file.path for file in self.files if file.path not in self._recorded]
+        self._lengths = {
+            file.path: origin.sequences if origin else tfrecord.count(file)
+            for file, origin in looked
+            if origin or file.is_quickly_counted
+        }
+        unknown = [file.path for file, origin in looked if not origin]
         if unknown:
             logger.info(
                 "%s: %d of %d files (%s ...) come without a record of the tokenizer that made "
@@ -87,7 +92,7 @@ class RecordSet:
         """Tell whether there are at least so many sequences, counting no further than that."""
         missing = n_sequences
         for file in self.files:
-            missing -= self._recorded.get(file.path) or tfrecord.count(file, at_most=missing)
+            missing -= self._lengths.get(file.path) or tfrecord.count(file, at_most=missing)
             if missing <= 0:
                 return True
         return False
@@ -115,9 +120,9 @@ class RecordSet:
         return len(self.files), 0
 
     def _length(self, file: tfrecord.RecordFile) -> int:
-        if file.path not in self._recorded:
-            self._recorded[file.path] = tfrecord.count(file)
-        return self._recorded[file.path]
+        if file.path not in self._lengths:
+            self._lengths[file.path] = tfrecord.count(file)
+        return self._lengths[file.path]
 
     def read(
         self, place: tfrecord.Place, batch: int, *, repeat: bool

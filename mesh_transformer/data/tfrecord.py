@@ -74,6 +74,11 @@ class RecordFile:
     compression: str
     size: int
 
+    @property
+    def is_quickly_counted(self) -> bool:
+        """Whether its records can be counted without reading them."""
+        return not self.compression and not storage.is_remote(self.path)
+
 
 def inspect(path: str) -> RecordFile:
     """Look at the beginning of a file and tell how to read it.
@@ -121,7 +126,7 @@ def count(file: RecordFile, at_most: int = sys.maxsize) -> int:
     Raises:
         DataError: The file is corrupt or cut short.
     """
-    if file.compression or storage.is_remote(file.path):
+    if not file.is_quickly_counted:
         tf = _tensorflow()
         try:
             records = _records([file], (0, 0), repeat=False).take(at_most)
