@@ -31,7 +31,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-import fsspec
+import fsspec  # type: ignore[import-untyped]
 import jax
 import orbax.checkpoint as ocp
 from etils import epath

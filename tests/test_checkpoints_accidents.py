@@ -1,0 +1,207 @@
+"""Native checkpoints after accidents: copies, damage, full disks, killed runs."""
+
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from saved_states import assert_same, like, mesh, saved, state_on
+
+from mesh_transformer.checkpoints import layout, native
+from mesh_transformer.checkpoints.native import CheckpointError, Checkpoints, locate
+
+# Copies and damage
+
+
+def as_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a local folder be written as a bucket is: in place, the marker last."""
+    monkeypatch.setattr(native.storage, "is_remote", lambda path: True)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_copied_folder_is_a_checkpoint_wherever_it_lands(tmp_path, monkeypatch, in_place):
+    state = state_on(mesh(2, 4))
+    if in_place:
+        as_a_bucket(monkeypatch)
+    folder = saved(tmp_path / "one", state, 7)
+    monkeypatch.undo()
+    subprocess.run(["cp", "-r", folder, tmp_path / "anywhere"], check=True)
+    shutil.rmtree(tmp_path / "one")
+    copy = locate(str(tmp_path / "anywhere"))
+    assert copy is not None
+    assert_same(native.restore(copy, like(state))[0], state)
+
+    if not in_place:
+        as_a_bucket(monkeypatch)
+    (tmp_path / "two" / "checkpoints").mkdir(parents=True)
+    shutil.copytree(copy, tmp_path / "two" / "checkpoints" / "step_7")
+    with Checkpoints(str(tmp_path / "two")) as checkpoints:
+        assert_same(checkpoints.restore(7, like(state))[0], state)
+        checkpoints.save(8, state, {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [7, 8]
+
+
+def test_in_place_a_folder_without_marker_is_no_checkpoint(tmp_path, monkeypatch):
+    as_a_bucket(monkeypatch)
+    state = state_on(mesh(2, 4))
+    folder = saved(tmp_path, state, 7)
+    Path(folder, layout.MARKER).unlink()
+    with pytest.raises(CheckpointError, match="not a complete native checkpoint"):
+        native.restore(folder, like(state))
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        assert not Path(folder).exists()
+        assert checkpoints.latest() is None
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_a_damaged_copy_is_refused_and_every_damaged_file_named(tmp_path, damage):
+    state = state_on(mesh(2, 4))
+    folder = saved(tmp_path, state)
+    unlisted = {layout.MARKER, "files.json", "_CHECKPOINT_METADATA"}
+    files = [
+        path
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() and str(path.relative_to(folder)) not in unlisted
+    ]
+    assert sum(path.stat().st_size for path in files) > state.opt_state[0].mu["w"].nbytes
+    for path in files:
+        content = path.read_bytes()
+        if damage == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(content[: len(content) // 2])
+        name = re.escape(str(path.relative_to(folder)))
+        with pytest.raises(CheckpointError, match=rf"step_1 is damaged: {name} \({damage}\); res"):
+            native.restore(folder, like(state))
+        path.write_bytes(content)
+    assert_same(native.restore(folder, like(state))[0], state)
+
+
+def test_one_flipped_bit_of_an_array_is_named_by_its_path(tmp_path, monkeypatch):
+    monkeypatch.setattr(layout, "_CHECKSUM_BYTES", 10_000)
+    state = state_on(mesh(1, 1))
+    folder = saved(tmp_path, state)
+    value = np.asarray(state.params["decoder/layers/ff"]["w"])[0, 0, :4].tobytes()
+    (path,) = [path for path in Path(folder).rglob("?" * 32) if value in path.read_bytes()]
+    content = bytearray(path.read_bytes())
+    content[content.index(value)] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"damaged: params/decoder/layers/ff/w \(changed\)"):
+        native.restore(folder, like(state))
+    assert native.read_extra(folder) == {}
+
+
+# Failures
+
+
+NEXT_CALLS = {
+    "wait": lambda checkpoints, state: checkpoints.wait(),
+    "save": lambda checkpoints, state: checkpoints.save(3, state, {}),
+    "restore": lambda checkpoints, state: checkpoints.restore(1, state),
+    "close": lambda checkpoints, state: checkpoints.close(),
+}
+
+
+@pytest.mark.parametrize("next_call", NEXT_CALLS)
+def test_a_save_that_failed_is_raised_at_the_next_call_and_the_run_can_go_on(tmp_path, next_call):
+    state = {"w": jnp.zeros((1000, 1000))}
+    checkpoints = Checkpoints(str(tmp_path), keep_n=1)
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # files end as on a full disk
+    try:
+        checkpoints.save(2, state, {})
+        with pytest.raises(CheckpointError, match=r"saving step 2 to .*step_2 failed: .*too large"):
+            NEXT_CALLS[next_call](checkpoints, state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoints.steps() == [1]
+    assert os.listdir(tmp_path / "checkpoints") == ["step_1"]
+    if next_call == "close":
+        checkpoints = Checkpoints(str(tmp_path), keep_n=1)
+    checkpoints.save(2, state, {})
+    checkpoints.close()
+    assert os.listdir(tmp_path / "checkpoints") == ["step_2"]
+
+
+def test_a_place_that_cannot_be_written_is_an_error_at_once(tmp_path):
+    checkpoints = Checkpoints(str(tmp_path))
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"saving step 1 to .*step_1 failed"):
+        checkpoints.save(1, state_on(mesh(1, 1)), {})
+    checkpoints.close()
+
+
+KILLED = """
+    import os, random, signal, sys, threading
+    import jax
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+    from mesh_transformer.checkpoints.native import Checkpoints
+
+    root, seconds = sys.argv[1], float(sys.argv[2])
+    assert not {"tensorflow", "ray", "torch"} & sys.modules.keys()
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("dp", "mp"))
+    cut = NamedSharding(mesh, PartitionSpec("dp", "mp"))
+    step_to = jax.jit(lambda s, w: (s + 1, {k: w[k] + 1 for k in w}), donate_argnums=(0, 1))
+    checkpoints = Checkpoints(root, keep_n=2, keep_every=10)
+    fresh = (
+        jax.device_put(jnp.int32(0), NamedSharding(mesh, PartitionSpec())),
+        {k: jax.device_put(jnp.full((64, 64), 1.0 * k), cut) for k in range(6)},
+    )
+    step, state = checkpoints.latest() or 0, fresh
+    if step:
+        state, extra = checkpoints.restore(step, fresh)
+        assert extra == {"samples": 8 * step}, extra
+        assert int(state[0]) == step
+        assert all((np.asarray(state[1][k]) == k + step).all() for k in range(6))
+    print("restored", step, flush=True)
+    killer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+    while True:
+        state = step_to(*state)
+        step += 1
+        checkpoints.save(step, state, {"samples": 8 * step})
+        if random.random() < 0.5:
+            checkpoints.wait()
+            print("committed", step, flush=True)
+            if not killer.is_alive():
+                killer.start()
+"""
+
+
+def test_a_run_killed_at_any_time_goes_on_from_its_last_committed_checkpoint(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(textwrap.dedent(KILLED))
+    rng = random.Random(os.environ.get("KILL_SEED", "0"))
+    committed = 0
+    for _ in range(int(os.environ.get("KILL_TIMES", "3"))):
+        ended = subprocess.run(
+            [sys.executable, "-W", "error", script, tmp_path / "run", str(rng.uniform(0, 0.5))],
+            env=os.environ | {"PYTHONPATH": str(Path(native.__file__).parents[2])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        lines = [line.split() for line in ended.stdout.splitlines()]
+        assert lines[0][0] == "restored"
+        assert int(lines[0][1]) >= committed
+        committed = max([int(step) for _, step in lines])
+    newest = locate(str(tmp_path / "run"))
+    assert newest is not None
+    assert native.read_extra(newest)["samples"] >= 8 * committed > 0
