@@ -20,7 +20,7 @@ from record_files import (
 )
 
 from mesh_transformer.data import DataError
-from mesh_transformer.data.batches import Position, TokenBatches
+from mesh_transformer.data.batches import Position
 
 
 def test_batches_hold_every_sequence_in_order_across_files_and_epochs() -> None:
@@ -29,7 +29,7 @@ def test_batches_hold_every_sequence_in_order_across_files_and_epochs() -> None:
     assert [i for call in record["sequential"][:5] for i in call["seq_ids"]] == [
         i for i in range(12) if i not in (4, 11)
     ]
-    data = TokenBatches(LD, shape=(2, 1), **LD_ARGS)
+    data = batches(LD, (2, 1), **LD_ARGS)
     for call in range(20):
         wanted = expected("loader_all_sequences")[[2 * call % 12, (2 * call + 1) % 12]]
         batch = next(data)

@@ -18,7 +18,7 @@ from record_files import (
 )
 
 from mesh_transformer.data import DataError, dataset, framing
-from mesh_transformer.data.batches import Position, TokenBatches
+from mesh_transformer.data.batches import Position
 
 
 def test_paths_are_looked_for_beside_the_index_then_here_then_in_data(
@@ -107,9 +107,10 @@ def test_a_set_that_was_made_for_something_else_is_refused(
     stub = StubTokenizer()
     batches(str(path), (4,), n_vocab=50257, tokenizer=stub)
     write_origin(path, **changes)
-    for made in (batches, validation):
-        with pytest.raises(DataError, match=message):
-            made(str(path), 4 if made is validation else (4,), n_vocab=50257, tokenizer=stub)  # type: ignore[operator]
+    with pytest.raises(DataError, match=message):
+        batches(str(path), (4,), n_vocab=50257, tokenizer=stub)
+    with pytest.raises(DataError, match=message):
+        validation(path, 4, n_vocab=50257, tokenizer=stub)
 
 
 def test_a_truncated_copy_is_found_before_it_is_read(tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ def test_files_without_a_description_are_taken_with_a_note(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    next(TokenBatches(LD, shape=(2,), tokenizer=StubTokenizer(), **LD_ARGS))
+    next(batches(LD, (2,), tokenizer=StubTokenizer(), **LD_ARGS))
     assert "2 of 2 files" in caplog.text and "taken to be stub" in caplog.text
 
 

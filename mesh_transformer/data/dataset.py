@@ -94,7 +94,7 @@ def read_index(index: str) -> list[Listed]:
         return [Listed(_found(index, ["", "data"], ""), "")]
     index = _found(index, ["", "data"], "index file ")
     try:
-        lines = storage.read_text(index).splitlines()
+        text = storage.read_text(index)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{index}: not an index file (a path a line); the name of a file of records must end "
@@ -102,13 +102,18 @@ def read_index(index: str) -> list[Listed]:
         ) from error
     folder = index.rpartition("/")[0] if storage.is_remote(index) else str(PurePath(index).parent)
     listed = []
-    for number, line in enumerate(lines, 1):
-        name, place = line.strip(), f"{index}, line {number}: "
-        if name and not name.startswith("#"):
-            listed.append(Listed(_found(name, [folder, "", "data"], place), place))
+    for number, name in names_in(text):
+        place = f"{index}, line {number}: "
+        listed.append(Listed(_found(name, [folder, "", "data"], place), place))
     if not listed:
         raise DataError(f"{index}: lists no file; it needs the path of a .tfrecords file a line")
     return listed
+
+
+def names_in(index_text: str) -> list[tuple[int, str]]:
+    """List the numbers of the lines of an index that count, and the paths there."""
+    lines = ((number, line.strip()) for number, line in enumerate(index_text.splitlines(), 1))
+    return [(number, line) for number, line in lines if line and not line.startswith("#")]
 
 
 def _found(name: str, folders: list[str], place: str) -> str:

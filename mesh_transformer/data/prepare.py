@@ -175,9 +175,8 @@ def _check_names(name: str, output_dir: Path, index: Path) -> None:
         raise DataError(f"--output-dir is {output_dir}; write to a local folder, then copy it")
     if index.exists():
         own = re.compile(re.escape(name) + r"_\d+\.tfrecords")
-        others = [
-            f for f in index.read_text(errors="replace").split() if not own.fullmatch(Path(f).name)
-        ]
+        listed = [path for _, path in dataset.names_in(index.read_text(errors="replace"))]
+        others = [path for path in listed if not own.fullmatch(Path(path).name)]
         if others:
             raise DataError(
                 f"{index}: this index exists and lists other files ({others[0]} ...); name "
