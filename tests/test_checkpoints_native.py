@@ -92,7 +92,7 @@ def test_every_array_that_does_not_fit_is_listed_by_path_with_the_key_to_look_at
     target = like(state_on(mesh(2, 4)))
     target.params["decoder/norm"] = {"offset": target.params["decoder/norm"]["scale"]}
     target = target._replace(step=jax.ShapeDtypeStruct((), jnp.float32))
-    now = {"layers": 4, "lr": 0.1, "train_set": "a.index", "d_ff": None}
+    now = {"layers": 4, "lr": 0.2, "train_set": "b.index", "d_ff": None}
     with pytest.raises(CheckpointError) as caught:
         native.restore(folder, target, config=now)
     assert str(caught.value).splitlines() == [
@@ -107,6 +107,14 @@ def test_every_array_that_does_not_fit_is_listed_by_path_with_the_key_to_look_at
         "  - configuration key layers: 3 in the checkpoint, 4 now",
         '  - configuration key pe: "rotary" in the checkpoint, absent now',
     ]
+
+
+def test_without_a_differing_key_of_the_model_every_differing_key_is_named(tmp_path):
+    state = state_on(mesh(1, 1))
+    folder = saved(tmp_path, state, extra={"config": {"layers": 4, "lr": 0.1, "seed": 0}})
+    without_moments = like(state._replace(opt_state=()))
+    with pytest.raises(CheckpointError, match=r"for\n  - configuration key lr: 0.1 .* 0.2 now$"):
+        native.restore(folder, without_moments, config={"layers": 4, "lr": 0.2, "seed": 0})
 
 
 def test_what_is_no_jax_array_is_refused_by_path_before_anything_is_written(tmp_path):

@@ -6,6 +6,7 @@ Readers need the step folder alone: it may be part of a live run, a copy, or on 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ import orbax.checkpoint as ocp
 from mesh_transformer.checkpoints import layout
 from mesh_transformer.checkpoints.fingerprint import fingerprints
 from mesh_transformer.checkpoints.layout import CheckpointError
+from mesh_transformer.config import ModelConfig
 
 _MIN_READ_GB = 16  # in flight while restoring; more only where one array alone needs it
 _ADVICE = "; restore another step or copy the folder again"
@@ -149,15 +151,17 @@ def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: s
 def _config_differences(
     stored: Mapping[str, Any] | None, current: Mapping[str, Any] | None
 ) -> list[str]:
+    """List the keys of the model that differ, or else all that do."""
     if stored is None or current is None:
         return []
     then = {key: json.dumps(value) for key, value in stored.items()}
     now = {key: json.dumps(value) for key, value in current.items()}
+    differing = {key for key in then.keys() | now.keys() if then.get(key) != now.get(key)}
+    of_the_model = differing & {field.name for field in dataclasses.fields(ModelConfig)}
     return [
         f"configuration key {key}: {then.get(key, 'absent')} in the checkpoint,"
         f" {now.get(key, 'absent')} now"
-        for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key)
+        for key in sorted(of_the_model or differing)
     ]
 
 
