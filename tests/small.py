@@ -1,0 +1,73 @@
+"""A model small enough to train in a test, on any mesh of the eight CPU devices."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from mesh_transformer import config
+from mesh_transformer.pod.worker import Worker
+from mesh_transformer.training.steps import Steps, TrainState
+
+KEYS: dict[str, Any] = {
+    "layers": 2,
+    "d_model": 32,
+    "n_heads": 8,
+    "n_vocab": 64,
+    "seq": 16,
+    "norm": "layernorm",
+    "pe": "rotary",
+    "compute_dtype": "float32",
+    "zero_stage": 0,
+    "per_replica_batch": 1,
+    "warmup_steps": 2,
+    "anneal_steps": 100,
+    "lr": 1e-2,
+    "end_lr": 1e-3,
+    "weight_decay": 0.1,
+    "total_steps": 200,
+    "train_set": "train.index",
+    "model_dir": "runs/small",
+    "ckpt_every": 10,
+    "keep_every": 100,
+    "name": "small",
+}
+
+
+def parsed(**keys: Any) -> config.Config:
+    """Return the small configuration with some keys changed."""
+    return config.parse(KEYS | keys)
+
+
+@functools.cache
+def worker(dp: int = 1, mp: int = 1, **keys: Any) -> Worker:
+    """Return a host with this mesh; the same one, and its compiled steps, for the same arguments.
+
+    Its weights are what the last test left there: set `state` before using them.
+    """
+    return Worker(parsed(cores_per_replica=mp, **keys), jax.devices()[: dp * mp])
+
+
+def steps(dp: int = 1, mp: int = 1, **keys: Any) -> Steps:
+    """Return the compiled steps of a mesh; compiled once per test run."""
+    return worker(dp, mp, **keys).steps
+
+
+def start(dp: int = 1, mp: int = 1, **keys: Any) -> TrainState:
+    """Return the state before the first step, initialised on one device and put on the mesh."""
+    host_state = _initial(**{key: value for key, value in keys.items() if key != "zero_stage"})
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, steps(dp, mp, **keys).state)
+    return jax.device_put(host_state, shardings, may_alias=False)
+
+
+@functools.cache
+def _initial(**keys: Any) -> TrainState:
+    return jax.device_get(steps(**keys).init(jax.random.key(0)))
+
+
+def tokens(*shape: int, seed: int = 0) -> np.ndarray:
+    """Return random token ids of the small vocabulary."""
+    return np.random.default_rng(seed).integers(0, KEYS["n_vocab"], shape, dtype=np.int32)
