@@ -25,7 +25,7 @@ from mesh_transformer.config import Config
 from mesh_transformer.model.decoder import Model
 from mesh_transformer.model.loss import TokenLoss, z_loss
 from mesh_transformer.model.weights import Weight, sum_into_shards
-from mesh_transformer.sharding import is_matrix, over_mp, shard, spread_axis, sum_of
+from mesh_transformer.sharding import axis_size, is_matrix, over_mp, shard, spread_axis, sum_of
 
 SCATTERED, SPREAD = 2, 3
 """The first stage that scatters the gradient sum, and the first that spreads weights in use."""
@@ -193,6 +193,8 @@ def _own_squares(grads: Any, dims: Any, config: Config, n_replicas: int) -> jax.
 
 def sum_over_dp(x: jax.Array, dims: str) -> jax.Array:
     """Sum over replicas: one all-reduce of each device's `mp` part."""
+    if axis_size("dp") == 1:
+        return x
     return over_mp(lambda part: jax.lax.psum(part, "dp"), (dims,), dims)(x)
 
 

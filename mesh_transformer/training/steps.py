@@ -117,7 +117,11 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
     """
     implementation = implementation_for(config.model, mesh.devices.flat[0])
     decided = dataclasses.replace(config.model, attention=implementation)
-    config = dataclasses.replace(config, model=decided)
+    # One replica has none to spread its state over: the stages differ in name only.
+    stage = config.mesh.zero_stage if mesh.shape["dp"] > 1 else 0
+    config = dataclasses.replace(
+        config, model=decided, mesh=dataclasses.replace(config.mesh, zero_stage=stage)
+    )
     model, optimizer = make_model(config.model), make_optimizer(config.optimizer)
     state, dims = abstract_state(config, mesh, model, optimizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
