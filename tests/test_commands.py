@@ -179,7 +179,7 @@ STEPS = [
         for side in ("val", "train")
     ),
     "device_train.py --config configs/quickstart.json",
-    "-m mesh_transformer.plot runs/quickstart",
+    "-m mesh_transformer.plot runs/quickstart --output runs/quickstart/loss.png",
 ]
 
 
@@ -189,7 +189,9 @@ def test_quickstart_goes_through_its_steps(checkout: Checkout) -> None:
     calls = checkout.calls()
     assert calls[:2] == ["venv", "pip ."]
     assert calls[2:-1] == STEPS
-    assert calls[-1].startswith("device_sample.py --config configs/quickstart.json --prompt def ")
+    assert calls[-1].startswith(
+        "device_sample.py --config configs/quickstart.json --prompt def __init__(self, "
+    )
     assert "runs/quickstart/loss.png" in done.stdout
 
 
