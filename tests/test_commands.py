@@ -189,9 +189,8 @@ def test_quickstart_goes_through_its_steps(checkout: Checkout) -> None:
     calls = checkout.calls()
     assert calls[:2] == ["venv", "pip ."]
     assert calls[2:-1] == STEPS
-    assert calls[-1].startswith(
-        "device_sample.py --config configs/quickstart.json --prompt def __init__(self, "
-    )
+    sampling = "device_sample.py --config configs/quickstart.json --prompt def __init__(self, "
+    assert calls[-1].startswith(sampling)
     assert "runs/quickstart/loss.png" in done.stdout
 
 
