@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Turn text into a data set for training; `--help` says how."""
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 from mesh_transformer.data import prepare, tokenizer
+from mesh_transformer.errors import run_command
 
 DESCRIPTION = """\
 Turn text into a data set for training: tokenise documents, shuffle them, cut them into sequences.
@@ -45,23 +47,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     """Make the data set and say what was made."""
     args = parse(arguments)
-    logging.basicConfig(level="DEBUG" if args.verbose else "INFO", format="%(message)s")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; nothing was written"))
+    if args.verbose:
+        logging.getLogger("mesh_transformer").setLevel(logging.DEBUG)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped. Nothing was written."))
     names = [field.name for field in dataclasses.fields(prepare.Options)]
-    try:
-        options = prepare.Options(**{name: getattr(args, name) for name in names})
-        chosen = tokenizer.load(args.tokenizer)
-        where = {"output_dir": args.output_dir, "index": args.index, "workers": args.workers}
-        made = prepare.create(args.input_path, args.name, chosen, options, **where)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; nothing was written")
-    print(made.summary())
+    options = prepare.Options(**{name: getattr(args, name) for name in names})
+    chosen = tokenizer.load(args.tokenizer)
+    where = {"output_dir": args.output_dir, "index": args.index, "workers": args.workers}
+    print(prepare.create(args.input_path, args.name, chosen, options, **where).summary())
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, when_interrupted="Nothing was written.")

@@ -306,13 +306,16 @@ def test_every_option_of_a_data_set_has_its_flag() -> None:
     assert Options(**given) == Options()
 
 
-@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_command_leaves_nothing_behind(tmp_path: Path, which: signal.Signals) -> None:
+@pytest.mark.parametrize(("which", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 1)])
+def test_a_stopped_command_leaves_nothing_behind(
+    tmp_path: Path, which: signal.Signals, status: int
+) -> None:
     (tmp_path / "input.txt").write_text("some text")
     program = (
-        "import os, create_finetune_tfrecords; from mesh_transformer.data import tokenizer\n"
+        "import os, runpy, sys; from mesh_transformer.data import tokenizer\n"
         f"tokenizer.Bytes.encode = lambda self, text: os.kill(os.getpid(), {int(which)})\n"
-        "create_finetune_tfrecords.main(['input.txt', 'set', '--tokenizer', 'bytes'])"
+        "sys.argv = ['create', 'input.txt', 'set', '--tokenizer', 'bytes']\n"
+        f"runpy.run_path({str(ROOT / 'create_finetune_tfrecords.py')!r}, run_name='__main__')"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -321,7 +324,7 @@ def test_a_stopped_command_leaves_nothing_behind(tmp_path: Path, which: signal.S
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 1 and "stopped; nothing was written" in done.stderr
+    assert done.returncode == status and "Stopped. Nothing was written." in done.stderr
     assert "Traceback" not in done.stderr and made_files(tmp_path) == []
 
 
