@@ -90,7 +90,7 @@ class Original(NamedTuple):
     arrays: dict[str, np.ndarray]
 
     def shards(self, kind: str) -> dict[str, np.ndarray]:
-        """Return "params", "grads", "mu", "nu" or "after": `[shard, ...]` by the original's name."""
+        """Return "params", "grads", "mu", "nu" or "after": `[shard, ...]` by name."""
         return {
             name.removeprefix(f"{kind}/"): array
             for name, array in self.arrays.items()
@@ -169,7 +169,7 @@ def pack(folder: pathlib.Path) -> None:
     leaves = read_shards(
         folder / size / "step_20", folder / f"{size}_leaves.json", keys["cores_per_replica"]
     )
-    packed = {key: value for key, value in leaves.items() if key.startswith("params/")}
+    packed: dict[str, Any] = {k: v for k, v in leaves.items() if k.startswith("params/")}
     kept = {
         "eval_tokens": "eval_tokens",
         f"eval_{weights}_all_loss": "all_loss",

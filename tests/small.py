@@ -23,7 +23,7 @@ KEYS: dict[str, Any] = {
     "compute_dtype": "float32",
     "zero_stage": 0,
     "per_replica_batch": 1,
-    "warmup_steps": 2,
+    "warmup_steps": 0,
     "anneal_steps": 100,
     "lr": 1e-2,
     "end_lr": 1e-3,
