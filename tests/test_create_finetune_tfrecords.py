@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,20 @@ def test_the_outcome_does_not_depend_on_the_number_of_processes(tmp_path: Path) 
         )
         contents.append((made.path.name, made.path.read_bytes(), made.origin))
     assert contents[0] == contents[1]
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
+    peaks = []
+    for n_files in (12, 48):
+        folder = tmp_path / str(n_files)
+        folder.mkdir()
+        for number in range(n_files):
+            (folder / f"{number}.txt").write_text("a line of text\n" * 7_000)
+        tracemalloc.start()
+        create(folder, tmp_path / "out")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 def test_the_seed_decides_the_order(tmp_path: Path) -> None:

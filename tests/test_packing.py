@@ -61,7 +61,7 @@ def test_packing_equals_the_plain_way(seed: int, shuffle: bool) -> None:
     lengths = [choose.randint(1, 12) for _ in range(choose.randint(1, 30))]
     length = choose.randint(1, 9)
     packed = documents(lengths)
-    texts = [part.tolist() for part in np.split(packed.tokens, packed.ends[:-1])]
+    texts = [part.tolist() for part in np.split(packed.tokens[:], packed.ends[:-1])]
     rng = (random.Random(seed), random.Random(seed)) if shuffle else (None, None)
     passes = list(packing.passes(packed, length, 3, rng[0]))
     assert lists(passes) == reference(texts, length, 3, rng[1])

@@ -69,13 +69,31 @@ class _Encoded(NamedTuple):
     n_bytes: int
 
 
+class TokenFile:
+    """Token ids in a file. (Mapped into memory they would count as memory that is in use.)"""
+
+    def __init__(self, file: IO[bytes], dtype: np.dtype, n_tokens: int) -> None:
+        self._file = file
+        self._dtype = dtype
+        self._n_tokens = n_tokens
+
+    def __len__(self) -> int:
+        return self._n_tokens
+
+    def __getitem__(self, stretch: slice) -> np.ndarray:
+        begin, end, _ = stretch.indices(self._n_tokens)
+        size = self._dtype.itemsize
+        data = os.pread(self._file.fileno(), (end - begin) * size, begin * size)
+        return np.frombuffer(data, self._dtype)
+
+
 def encode_to(
     spool: IO[bytes], pieces: Iterable[Piece], encoder: Encoder, workers: int
 ) -> tuple[Documents, int]:
-    """Encode documents into a file, which is then mapped into memory.
+    """Encode documents into a file and leave them there.
 
     Args:
-        spool: An empty file to write to and map; it must stay open while its tokens are in use.
+        spool: An empty file; it must stay open while its tokens are in use.
         pieces: The documents.
         encoder: What is done to them.
         workers: Processes to use; 1 stays in this one. The outcome does not depend on it.
@@ -96,15 +114,7 @@ def encode_to(
         n_tokens += len(encoded.tokens)
         n_bytes += encoded.n_bytes
     spool.flush()
-    shape = (n_tokens,)
-    tokens = (
-        np.memmap(spool, encoder.dtype, "r", shape=shape)
-        if n_tokens
-        else np.empty(0, encoder.dtype)
-    )
-    return Documents(
-        tokens, np.frombuffer(ends, np.int64) if ends else np.empty(0, np.int64)
-    ), n_bytes
+    return Documents(TokenFile(spool, encoder.dtype, n_tokens), np.array(ends, np.int64)), n_bytes
 
 
 def _tasks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

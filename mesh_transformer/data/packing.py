@@ -2,7 +2,7 @@
 
 Documents are laid end to end in some order and the whole is cut every `length` tokens. Orders are
 drawn by `random.Random(seed)` with the calls that the original script made, so the sequences are
-its sequences. Tokens stay where they are (memory-mapped): only orders and offsets are in memory.
+its sequences. Tokens stay where they are, on disk: only orders and offsets are in memory.
 """
 
 from __future__ import annotations
@@ -11,8 +11,16 @@ import array
 import dataclasses
 import random
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
+
+
+class Tokens(Protocol):
+    """Token ids in memory or on disk, of which any stretch can be had."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, stretch: slice, /) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +32,7 @@ class Documents:
         ends: int64, where each document ends in `tokens`.
     """
 
-    tokens: np.ndarray
+    tokens: Tokens
     ends: np.ndarray
 
     def __len__(self) -> int:
