@@ -3,21 +3,19 @@
 
     python device_sample.py --config configs/quickstart.json --prompt "def "
 
-Without --prompt it asks for prompts until end of input. --model takes a run's folder (model_dir) or
-a step folder in it, instead of the configuration it was trained by.
+Prints the prompt and, as it comes, the text that follows. Without --prompt every line of standard
+input is a prompt; a terminal is asked for them. --model takes a run's folder (model_dir) or a step
+folder in it instead of a configuration. The run may be training meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
-import sys
+import dataclasses
+import warnings
 
 from mesh_transformer import config
-from mesh_transformer.data import tokenizer
 from mesh_transformer.errors import run_command
-from mesh_transformer.pod.worker import Worker, host_devices, stored_config
-from mesh_transformer.serving import text
 from mesh_transformer.session import Sampling
 
 
@@ -28,36 +26,40 @@ def main() -> int:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--config", help="configuration of the run to sample from")
     model.add_argument("--model", metavar="PATH", help="a run's folder, or a step folder in it")
-    parser.add_argument("--prompt", help="continue this text once; otherwise ask")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temp", type=float, default=0.75, help="0 is greedy (%(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.9, help="1 is off (%(default)s)")
-    parser.add_argument("--top-k", type=int, default=0, help="0 is off (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--prompt", help="continue this text and end")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="%(default)s if not given")
+    add("--temp", type=float, default=0.75, help="0 is greedy; %(default)s if not given")
+    add("--top-p", type=float, default=0.9, help="1 is off; %(default)s if not given")
+    add("--top-k", type=int, default=0, help="0 is off; %(default)s if not given")
+    add("--seed", type=int, default=0, help="%(default)s if not given")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-
-    if args.config:
-        run = config.load(args.config)
-    else:
-        run = config.parse(stored_config(args.model), source=args.model)
-    path = args.model or run.checkpoint.root
-    tokens = tokenizer.load(run.data.tokenizer)
-    worker = Worker(run, host_devices(run))
-    worker.load_weights(path)
-    sampling = Sampling(
-        temperature=args.temp,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        stop_ids=(tokens.eot_id,),
-    )
-    prompts = [args.prompt] if args.prompt is not None else text.asked_prompts()
-    for prompt in prompts:
-        pieces = text.continuation(
-            worker, tokens, prompt, sampling, max_new_tokens=args.max_new_tokens, seq=run.model.seq
+    try:
+        sampling = Sampling(
+            temperature=args.temp, top_k=args.top_k, top_p=args.top_p, seed=args.seed
         )
-        for piece in pieces:
+    except ValueError as error:
+        parser.error(str(error))
+    warnings.simplefilter("ignore", config.ConfigWarning)  # they concern training
+    run = config.load(args.config) if args.config else None
+
+    # These take seconds: mistakes above are told at once, and Ctrl-C below in one line.
+    from mesh_transformer.data import tokenizer
+    from mesh_transformer.pod.devices import one_replica
+    from mesh_transformer.pod.worker import Worker, stored_config
+    from mesh_transformer.serving import text
+
+    run = run or stored_config(args.model)
+    text.check_length(args.max_new_tokens, run.model.seq)
+    tokens = tokenizer.load(run.data.tokenizer)
+    sampling = dataclasses.replace(sampling, stop_ids=(tokens.eot_id,))
+    run, devices = one_replica(run)
+    worker = Worker(run, devices)
+    worker.load_weights(args.model or run.checkpoint.root)
+    length = {"max_new_tokens": args.max_new_tokens, "seq": run.model.seq}
+    for prompt in text.asked_prompts() if args.prompt is None else [args.prompt]:
+        print(prompt, end="", flush=True)
+        for piece in text.continuation(worker, tokens, prompt, sampling, **length):
             print(piece, end="", flush=True)
         print(flush=True)
     return 0

@@ -34,7 +34,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
         " data.dataset data.tfrecord data.jsonl data.webdataset data.encoding data.batches"
         " data.prepare",
     ),
-    ("pod", "pod.worker"),
+    ("pod", "pod.devices pod.worker"),
     ("pod.cluster", "pod.tpu_vm"),
     ("training.loop", "harness", "serving serving.text serving.engine serving.http", "plan"),
 )

@@ -5,7 +5,7 @@ It implements the session protocol, so whatever drives a session can drive it, h
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,38 +18,21 @@ from jax.sharding import NamedSharding
 from mesh_transformer import __version__, storage
 from mesh_transformer.checkpoints import native
 from mesh_transformer.config import Config
+from mesh_transformer.config import parse as parse_config
 from mesh_transformer.errors import UserError
 from mesh_transformer.model.sampling import Choice
 from mesh_transformer.session import Evaluation, Generation, Metrics, Position, Restored, Sampling
 from mesh_transformer.sharding import COMPUTE, make_mesh, spec
-from mesh_transformer.training.optimizer import restart_schedule
+from mesh_transformer.training.optimizer import make_optimizer, restart_schedule
 from mesh_transformer.training.steps import Continuation, TrainState, make_steps
 
 _SMALLEST_BUCKET = 64  # positions; one compiled decoder serves all prompts of a bucket
 
+# What may differ between a checkpoint and the configuration that reads it: how the model is
+# computed, trained and sampled. All else says which function the weights are the weights of.
+_FREE = {"seq", "n_tokens", "compute_dtype", "remat", "attention", "z_loss"}
+
 _logger = logging.getLogger(__name__)
-
-
-def host_devices(config: Config) -> list[jax.Device]:
-    """Return the devices to run on: this host's accelerators, or as many CPU devices as needed.
-
-    On a host without accelerators a configuration for 8 cores runs on 8 CPU devices, which the
-    host's cores share: slow, and exact.
-
-    Raises:
-        UserError: `tpu_size` and the devices there are do not match.
-    """
-    wanted = config.mesh.tpu_size or config.mesh.cores_per_replica
-    with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices it has
-        jax.config.update("jax_num_cpu_devices", wanted)
-    devices = jax.devices()
-    if config.mesh.tpu_size not in (None, len(devices)):
-        raise UserError(
-            f"tpu_size is {config.mesh.tpu_size}, but jax sees {len(devices)} device(s) here: "
-            f"{devices[0].device_kind}; set tpu_size to {len(devices)}, or leave it out to use "
-            "all there are"
-        )
-    return devices
 
 
 class Worker:
@@ -99,17 +82,30 @@ class Worker:
         self._copies = None
 
     def train(self, tokens_ABT1: np.ndarray, mask_ABT: np.ndarray | None = None) -> Metrics:
-        """Take one optimizer step; the metrics are arrays that are waited for when looked at."""
-        tokens = self._on_mesh(tokens_ABT1, "ABT")
+        """Take one optimizer step; the metrics are arrays that are waited for when looked at.
+
+        Raises:
+            ValueError: The tokens or the mask are of another shape than the letters say, longer
+                than `seq`, not a multiple of the replicas, or outside the vocabulary.
+        """
+        self._check_tokens(tokens_ABT1, "ABT1", mask_ABT)
+        tokens = self._on_mesh(tokens_ABT1.astype(np.int32), "ABT")
         mask = None if mask_ABT is None else self._on_mesh(mask_ABT.astype(np.float32), "ABT")
-        self.state, metrics = self.steps.train(self.state, tokens, mask)
+        state, self._copies = self.state, None  # the copies' memory is free for the step
+        self.state, metrics = self.steps.train(state, tokens, mask)
         return metrics
 
     def evaluate(self, tokens_BT1: np.ndarray, mask_BT: np.ndarray | None = None) -> Evaluation:
-        """Score tokens with the current weights; any number of sequences."""
+        """Score tokens with the current weights; any number of sequences.
+
+        Raises:
+            ValueError: As for `train`, but for the number of sequences.
+        """
         n = len(tokens_BT1)
         padded = self._pad(tokens_BT1)
-        loss_BT, correct_BT = self.steps.evaluate(self.state.params, self._on_mesh(padded, "BT"))
+        self._check_tokens(padded, "BT1")
+        tokens = self._on_mesh(padded.astype(np.int32), "BT")
+        loss_BT, correct_BT = self.steps.evaluate(self.state.params, tokens)
         loss_BT, correct_BT = np.asarray(loss_BT)[:n], np.asarray(correct_BT)[:n]
         if mask_BT is None:
             return Evaluation(loss_BT, correct_BT)
@@ -138,19 +134,20 @@ class Worker:
         self._check_prompts(prompts, max_new_tokens)
         if self._copies is None:
             self._copies = self.steps.copies(self.state.params)
-        now = self._begin(prompts, max_new_tokens)
+        weights = self._copies
+        now = self._begin(weights, prompts, max_new_tokens)
         n_rows = len(now.position_B)
-        base_key = jax.random.key(sampling.seed)
+        base_key = jax.random.key(sampling.seed % 2**32)
         choice = Choice(
             temperature_B=jnp.full(n_rows, sampling.temperature, jnp.float32),
             top_k_B=jnp.full(n_rows, sampling.top_k, jnp.int32),
             top_p_B=jnp.full(n_rows, sampling.top_p, jnp.float32),
             key_B=jax.vmap(lambda row: jax.random.fold_in(base_key, row))(jnp.arange(n_rows)),
         )
-        stop_N = jnp.array(sampling.stop_ids or (-1,), jnp.int32)
+        stop_ids = jnp.array(sampling.stop_ids or (-1,), jnp.int32)
         seen = [len(prompt) for prompt in prompts]
         for _ in range(0, max_new_tokens, every):
-            now = self.steps.decode(self._copies, now, choice, stop_N, jnp.int32(every))
+            now = self.steps.decode(weights, now, choice, stop_ids, jnp.int32(every))
             ends = np.asarray(now.position_B) + 1
             tokens_BS, logprobs_BS = np.asarray(now.tokens_BS), np.asarray(now.logprobs_BS)
             pieces = [slice(begin, end) for begin, end in zip(seen, ends, strict=False)]
@@ -164,26 +161,30 @@ class Worker:
 
     def save(self, step: int, position: Position) -> None:
         """Begin to write a checkpoint of the current state; an earlier one that failed raises."""
-        assert self._checkpoints is not None, "this session has no checkpoints to write"
-        self._checkpoints.save(
-            step,
-            self.state,
-            {
-                "config": self.config.to_flat(),
-                "position": dict(position),
-                "library_version": __version__,
-            },
-        )
+        extra = {
+            "config": self.config.to_flat(),
+            "position": dict(position),
+            "library_version": __version__,
+        }
+        self._own_checkpoints().save(step, self.state, extra)
 
     def restore(self, step: int | None = None) -> Restored | None:
-        """Load the newest (or the given) checkpoint of this run; None if there is none yet."""
-        assert self._checkpoints is not None, "this session has no checkpoints to read"
-        step = self._checkpoints.latest() if step is None else step
+        """Load the newest (or the given) checkpoint of this run; None if there is none yet.
+
+        Raises:
+            native.CheckpointError: It is damaged, or of another model than the configuration's.
+        """
+        checkpoints = self._own_checkpoints()
+        step = checkpoints.latest() if step is None else step
         if step is None:
             return None
-        self.state, extra = self._checkpoints.restore(
+        before = checkpoints.read_extra(step)["config"]
+        self._check_model(before, f"the checkpoint of step {step} in {self.config.checkpoint.root}")
+        self._state = self._copies = None  # the devices may not hold two states at once
+        self.state, extra = checkpoints.restore(
             step, self.steps.state, config=self.config.to_flat()
         )
+        self._tell_changes(before)
         return Restored(step, extra["position"])
 
     def tune_from(self, path: str, *, fresh_opt: bool) -> None:
@@ -193,21 +194,44 @@ class Worker:
             path: A run's folder or a step folder in it.
             fresh_opt: Begin with fresh optimizer moments; otherwise Adam's moments and count go on
                 as they were, and only the learning-rate schedule begins anew.
+
+        Raises:
+            native.CheckpointError: There is no such checkpoint, or it is damaged, of another model,
+                or one of this run's own.
         """
         folder = located(path)
+        own = native.locate(self.config.checkpoint.root)
+        if own and folder.rpartition("/")[0] == own.rpartition("/")[0]:
+            raise native.CheckpointError(
+                f"{path} is a checkpoint of this very run, which would be overwritten: set another "
+                "model_dir to train on from it at step 0"
+            )
         flat = self.config.to_flat()
+        self._check_model(native.read_extra(folder)["config"], folder)
+        _logger.info("tuning the weights of %s", folder)
         if fresh_opt:
             params = native.restore_params(folder, self.steps.state.params, config=flat)
-            self.state = self.state._replace(params=params)
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, self.steps.state.opt_state)
+            fresh = make_optimizer(self.config.optimizer).init
+            self.state = TrainState(
+                jnp.int32(0), params, jax.jit(fresh, out_shardings=shardings)(params)
+            )
         else:
             state, _ = native.restore(folder, self.steps.state, config=flat)
             opt_state = restart_schedule(state.opt_state)
             self.state = TrainState(jnp.zeros_like(state.step), state.params, opt_state)
 
     def load_weights(self, path: str) -> None:
-        """Take the weights of a run or step folder, to evaluate and sample with; no optimizer."""
+        """Take the weights of a run or step folder, to evaluate and sample with; no optimizer.
+
+        Raises:
+            native.CheckpointError: There is no such checkpoint, or it is damaged or of another
+                model than the configuration's.
+        """
+        folder = located(path)
+        self._check_model(native.read_extra(folder)["config"], folder)
         params = native.restore_params(
-            located(path), self.steps.state.params, config=self.config.to_flat()
+            folder, self.steps.state.params, config=self.config.to_flat()
         )
         self.state = TrainState(jnp.int32(0), params, ())
 
@@ -215,6 +239,37 @@ class Worker:
         """Wait for a save under way; raises if it failed."""
         if self._checkpoints is not None:
             self._checkpoints.close()
+
+    def _own_checkpoints(self) -> native.Checkpoints:
+        if self._checkpoints is None:
+            raise ValueError(
+                "this session was made without checkpoints, to read only: it can neither save nor "
+                "restore; load_weights reads the weights of any run"
+            )
+        return self._checkpoints
+
+    def _check_model(self, stored: Mapping[str, Any], where: str) -> None:
+        """Refuse weights of another function: of other shapes, or of the same by chance."""
+        model = dataclasses.asdict(self.config.model)
+        problems = [
+            f"{key} is {stored[key]!r} there, {value!r} in the configuration"
+            for key, value in model.items()
+            if key not in _FREE and stored.get(key, value) != value
+        ]
+        if problems:
+            heading = f"{where} is of another model; mend the configuration, or read another:"
+            raise native.CheckpointError("\n  - ".join([heading, *problems]))
+
+    def _tell_changes(self, before: Mapping[str, Any]) -> None:
+        """Log what has changed in the configuration since a checkpoint was saved."""
+        now = self.config.to_flat()
+        changes = [
+            f"{key} {before.get(key)!r} -> {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if changes:
+            _logger.info("changed since that checkpoint: %s", ", ".join(changes))
 
     def _on_mesh(self, array: np.ndarray, dims: str) -> jax.Array:
         sharding = NamedSharding(self.mesh, spec(dims, COMPUTE))
@@ -225,8 +280,22 @@ class Worker:
         missing = -len(array) % self.mesh.shape["dp"]
         return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
 
+    def _check_tokens(self, tokens: np.ndarray, dims: str, mask: np.ndarray | None = None) -> None:
+        dp, seq, n_vocab = self.mesh.shape["dp"], self.config.model.seq, self.config.model.n_vocab
+        rank, shape = len(dims) - 1, tokens.shape
+        if tokens.ndim != rank or 0 in shape or shape[-2] % dp or not 2 <= shape[-1] <= seq + 1:
+            raise ValueError(
+                f"tokens_{dims} has the shape {shape}; needed are {rank} dimensions, B a multiple "
+                f"of {dp} (one part for each replica), T1 from 2 to {seq + 1} (seq + 1)"
+            )
+        if mask is not None and mask.shape != (wanted := (*shape[:-1], shape[-1] - 1)):
+            raise ValueError(f"the mask has the shape {mask.shape}; one per target is {wanted}")
+        low, high = tokens.min(), tokens.max()
+        if low < 0 or high >= n_vocab:
+            raise ValueError(f"token ids run from {low} to {high}; n_vocab is {n_vocab}")
+
     def _check_prompts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        seq = self.config.model.seq
+        seq, n_vocab = self.config.model.seq, self.config.model.n_vocab
         problems = [
             f"prompt {i} is empty; give it at least one token, such as the end of text"
             for i, prompt in enumerate(prompts)
@@ -237,12 +306,19 @@ class Worker:
             for i, prompt in enumerate(prompts)
             if len(prompt) + max_new_tokens > seq
         ]
+        problems += [
+            f"prompt {i} holds the token id {outside[0]}, but n_vocab is {n_vocab}"
+            for i, prompt in enumerate(prompts)
+            if (outside := [token for token in prompt if not 0 <= token < n_vocab])
+        ]
         if not len(prompts) or max_new_tokens < 1:
             problems.append("there must be a prompt, and at least one new token asked for")
         if problems:
             raise UserError("; ".join(problems))
 
-    def _begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Continuation:
+    def _begin(
+        self, weights: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    ) -> Continuation:
         """Lay out the prompts by position, padded on the right, and fill the cache."""
         n_rows = len(prompts) + -len(prompts) % self.mesh.shape["dp"]
         lengths_B = np.ones(n_rows, np.int32)
@@ -258,7 +334,7 @@ class Worker:
             position_B=self._on_mesh(lengths_B - 1, "B"),
             last_B=self._on_mesh(lengths_B - 1 + max_new_tokens, "B"),
             done_B=self._on_mesh(np.arange(n_rows) >= len(prompts), "B"),
-            cache=self.steps.prefill(self._copies, self._on_mesh(filled_BT, "BT"), n_slots),
+            cache=self.steps.prefill(weights, self._on_mesh(filled_BT, "BT"), n_slots),
         )
 
     def _bucket(self, n_positions: int) -> int:
@@ -277,13 +353,20 @@ def located(path: str) -> str:
     """
     folder = native.locate(path)
     if folder is None:
-        there = "is empty of complete checkpoints" if storage.exists(path) else "does not exist"
+        there = "holds no complete checkpoint" if storage.exists(path) else "does not exist"
         raise native.CheckpointError(
-            f"{path} {there}; give a run's folder (model_dir) or a step folder in it"
+            f"{path} {there}; needed is the folder (model_dir) of a run that has saved one, or a "
+            "step folder in it"
         )
     return folder
 
 
-def stored_config(path: str) -> Mapping[str, Any]:
-    """Return the flat configuration that the checkpoint at a path was saved with."""
-    return native.read_extra(located(path))["config"]
+def stored_config(path: str) -> Config:
+    """Return the configuration that the checkpoint at a path was saved with.
+
+    Raises:
+        native.CheckpointError: There is no complete checkpoint.
+        ConfigError: It was saved by a release of the library whose configurations differ.
+    """
+    folder = located(path)
+    return parse_config(native.read_extra(folder)["config"], source=folder)

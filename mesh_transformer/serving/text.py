@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,23 @@ class Streaming(Protocol):
         ...
 
 
+def check_length(max_new_tokens: int, seq: int) -> None:
+    """Refuse a number of new tokens that leaves no position for a prompt.
+
+    Args:
+        max_new_tokens: How many are asked for.
+        seq: Positions that the model has.
+
+    Raises:
+        UserError: It is not from 1 to seq - 1.
+    """
+    if not 0 < max_new_tokens < seq:
+        raise UserError(
+            f"{max_new_tokens} new tokens are asked for; the model has {seq} positions, one of "
+            f"them for the prompt: ask for 1 to {seq - 1}"
+        )
+
+
 def continuation(
     model: Streaming,
     tokenizer: Tokenizer,
@@ -45,33 +63,25 @@ def continuation(
     An empty prompt continues the end of a text, as a new document begins. A prompt that leaves no
     room for the new tokens loses its beginning, with a warning.
 
-    Args:
-        seq: Positions that the model has.
-
     Raises:
-        UserError: More tokens are asked for than the model has positions.
+        UserError: `check_length` refuses the number of new tokens.
     """
-    if not 0 < max_new_tokens < seq:
-        raise UserError(
-            f"{max_new_tokens} new tokens are asked for; the model has {seq} positions, one of "
-            f"them for the prompt: ask for 1 to {seq - 1}"
-        )
+    check_length(max_new_tokens, seq)
     ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
     if len(ids) > (room := seq - max_new_tokens):
         _logger.warning("the prompt has %d tokens; only its last %d are used", len(ids), room)
         ids = ids[-room:]
     text = TextStream(tokenizer)
     for piece in model.stream([ids], sampling, max_new_tokens, every=_TOKENS_AT_ONCE):
-        yield "".join(text.push(token) for token in piece.tokens[0])
+        yield "".join(map(text.push, piece.tokens[0]))
     yield text.finish()
 
 
 def asked_prompts() -> Iterator[str]:
-    """Ask for prompts, a line each, until the input ends; a terminal gets a line to type on."""
-    while True:
-        if sys.stdin.isatty():
-            print("prompt> ", end="", flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        yield line.removesuffix("\n")
+    """Yield the lines of standard input; a terminal is asked for them, with editing and history."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (`input` edits lines by it; not every Python has it)
+    asking = "prompt> " if sys.stdin.isatty() else ""
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input(asking)

@@ -31,8 +31,8 @@ class Finished(NamedTuple):
     """How training ended.
 
     Attributes:
-        step: Optimizer steps taken, the last checkpoint's.
-        stopped_by: The signal that asked it to stop early, or None.
+        step: Optimizer steps taken; a checkpoint of it is saved.
+        stopped_by: The signal that ended it before `total_steps`, or None.
     """
 
     step: int
@@ -43,144 +43,228 @@ class TrainingError(UserError):
     """Training cannot go on, and doing the same again would not help."""
 
 
-def train(session: Session, config: Config, *, n_devices: int, device_kind: str) -> Finished:
-    """Train until `total_steps`, from the newest checkpoint if there is one.
-
-    SIGINT and SIGTERM save a checkpoint and end the loop; a second one ends the process at once.
-
-    Args:
-        n_devices: Devices that the session trains on.
-        device_kind: Their `jax.Device.device_kind`.
-
-    Raises:
-        TrainingError: The loss is not finite and `stop_on_nan` is set.
-    """
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    val_sets = validation_sets(config, tokenizer, n_devices)
-    restored = session.restore()
-    step, position = restored if restored else (0, Position().to_json())
-    if restored:
-        _logger.info("going on from the checkpoint of step %d", step)
-    total = config.run.total_steps
-    if step >= total:
-        _logger.info("nothing to do: total_steps is %d", total)
-        return Finished(step, None)
-    batches = TokenBatches(
-        config.data.train_set,
-        shape=(config.batch.gradient_accumulation_steps, config.global_batch(n_devices)),
-        seq=config.model.seq,
-        n_vocab=config.model.n_vocab,
-        position=Position.from_json(position),
-        tokenizer=tokenizer,
-    )
-    log = MetricsLog.for_run(config, step=step, n_devices=n_devices, device_kind=device_kind)
-    in_flight: collections.deque[tuple[int, Metrics]] = collections.deque()
-    stopping = None
-    with contextlib.closing(batches), log, StopSignals() as signals:
-        while step < total and stopping is None:
-            step += 1
-            in_flight.append((step, session.train(next(batches))))
-            stopping = signals.received
-            validates = bool(val_sets) and (step == total or step % config.run.val_every == 0)
-            saves = step == total or stopping or step % config.checkpoint.ckpt_every == 0
-            while len(in_flight) > (0 if validates or saves else _IN_FLIGHT):
-                _log_step(log, config, *in_flight.popleft())
-            with log.paused():
-                if validates:
-                    validate(session, config, val_sets, tokenizer, log, step)
-                if saves:
-                    # The log first: a checkpoint's log is then always complete.
-                    log.flush()
-                    session.save(step, batches.position.to_json())
-    return Finished(step, stopping)
-
-
 class StopSignals:
-    """Notes SIGINT or SIGTERM while in force; the second one acts as if this were not there."""
+    """Notes SIGINT and SIGTERM, from `watch` to the end of the `with` block, instead of dying.
+
+    The second one acts as it would without this. Python sees a signal between two instructions, so
+    one that comes while a step is compiled is noted when that is done.
+
+    Attributes:
+        received: The signal that came; None so far.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
         while self._before:
             signal.signal(*self._before.popitem())
 
-    def _receive(self, number: int, _: types.FrameType | None) -> None:
+    def watch(self) -> None:
+        """Begin to note signals; until then they act as ever."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if number not in self._before:
+                self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, _: types.FrameType | None) -> None:
         self.received = signal.Signals(number)
         self.__exit__()
         _logger.warning(
-            "%s: saving a checkpoint after this step, then stopping; once more stops at once",
-            self.received.name,
+            "%s: stopping once a checkpoint is saved; once more stops at once", self.received.name
+        )
+
+
+class Data:
+    """The data sets of a run, looked at: what is wrong with them shows before anything is computed.
+
+    Attributes:
+        tokenizer: The one that they were made by.
+        train: Training batches from the beginning.
+        validation: Validation batches by the name of their set; empty if nothing is validated.
+    """
+
+    def __init__(self, config: Config, n_devices: int) -> None:
+        """Open the data sets.
+
+        Args:
+            config: The run.
+            n_devices: Devices that it trains on, which decides the size of a batch.
+
+        Raises:
+            DataError: A data set cannot be used, or the tokenizer is not to be had.
+        """
+        self._config = config
+        self._n_devices = n_devices
+        self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
+        self.train: TokenBatches = self.train_from(Position())
+        self.validation: Mapping[str, ValidationBatches] = {
+            name: ValidationBatches(
+                index,
+                batch=config.val_batch(n_devices),
+                seq=config.model.seq,
+                n_vocab=config.model.n_vocab,
+                tokenizer=self.tokenizer,
+            )
+            for name, index in config.data.val_set.items()
+            if config.run.val_batches
+        }
+
+    def train_from(self, position: Position) -> TokenBatches:
+        """Return training batches from a position on.
+
+        Raises:
+            DataError: As for opening; or the data set ends before that position.
+        """
+        config = self._config
+        return TokenBatches(
+            config.data.train_set,
+            shape=(
+                config.batch.gradient_accumulation_steps,
+                config.global_batch(self._n_devices),
+            ),
+            seq=config.model.seq,
+            n_vocab=config.model.n_vocab,
+            position=position,
+            tokenizer=self.tokenizer,
         )
 
 
 def announce(config: Config, n_parameters: int, n_devices: int, device_kind: str) -> None:
     """Log what is about to be trained, and on what."""
-    mp = config.mesh.cores_per_replica
     _logger.info(
-        "%s: %s parameters on %d x %s (%d replicas of %d), ZeRO stage %d; %s tokens per step; "
-        "everything is written to %s",
+        "%s: %s parameters, %s tokens a step, on %d %s device(s): %d replica(s) of %d, ZeRO stage "
+        "%d; writing to %s",
         config.run.name,
         f"{n_parameters:,}",
+        f"{config.tokens_per_step(n_devices):,}",
         n_devices,
         device_kind,
         config.replicas(n_devices),
-        mp,
+        config.mesh.cores_per_replica,
         config.mesh.zero_stage,
-        f"{config.tokens_per_step(n_devices):,}",
         config.checkpoint.root,
     )
     if config.run.eval_harness_tasks:
         _logger.warning("eval_harness_tasks are not run during training")
 
 
-def _log_step(log: MetricsLog, config: Config, step: int, metrics: Metrics) -> None:
-    metrics = {name: float(value) for name, value in metrics.items()}
-    log.train(step, metrics)
-    if config.run.stop_on_nan and not math.isfinite(metrics["loss"]):
-        log.flush()
-        raise TrainingError(
-            f"the loss of step {step} is {metrics['loss']}; lower lr (now {config.optimizer.lr}) "
-            "or raise warmup_steps and run again from the last checkpoint, or set stop_on_nan to "
-            "false to train on regardless"
-        )
-
-
-def validation_sets(
-    config: Config, tokenizer: Tokenizer, n_devices: int
-) -> Mapping[str, ValidationBatches]:
-    """Open every validation set of a configuration; none if it asks for no batches."""
-    if not config.run.val_batches:
-        return {}
-    return {
-        name: ValidationBatches(
-            index,
-            batch=config.val_batch(n_devices),
-            seq=config.model.seq,
-            n_vocab=config.model.n_vocab,
-            tokenizer=tokenizer,
-        )
-        for name, index in config.data.val_set.items()
-    }
-
-
-def validate(
+def train(
     session: Session,
     config: Config,
-    val_sets: Mapping[str, ValidationBatches],
-    tokenizer: Tokenizer,
-    log: MetricsLog,
-    step: int,
-) -> None:
+    data: Data,
+    signals: StopSignals,
+    *,
+    n_devices: int,
+    device_kind: str,
+) -> Finished:
+    """Train until `total_steps`, from the newest checkpoint if there is one.
+
+    Args:
+        signals: One that arrives ends the loop, with a checkpoint, after the step under way. Keep
+            its `with` block around what waits until the last checkpoint is complete.
+        n_devices: Devices that the session trains on.
+        device_kind: Their `jax.Device.device_kind`.
+
+    Raises:
+        TrainingError: A loss or a gradient is not finite and `stop_on_nan` is set; what it spoilt
+            is not saved.
+        DataError: The training data ends before the checkpoint's position, or is corrupt.
+    """
+    restored = session.restore()
+    step, batches = 0, data.train
+    if restored:
+        step = restored.step
+        _logger.info("going on from the checkpoint of step %d", step)
+        if step >= config.run.total_steps:
+            _logger.info("nothing to do: total_steps is %d", config.run.total_steps)
+            return Finished(step, None)
+        batches = data.train_from(Position.from_json(restored.position))
+    log = MetricsLog.for_run(config, step=step, n_devices=n_devices, device_kind=device_kind)
+    with contextlib.closing(batches), log:
+        signals.watch()
+        step = _Training(session, config, data, batches, log, step).run(signals)
+    return Finished(step, signals.received if step < config.run.total_steps else None)
+
+
+class _Training:
+    """Training under way: which step it is at, and which steps are logged and saved."""
+
+    def __init__(
+        self,
+        session: Session,
+        config: Config,
+        data: Data,
+        batches: TokenBatches,
+        log: MetricsLog,
+        step: int,
+    ) -> None:
+        self._session = session
+        self._config = config
+        self._data = data
+        self._batches = batches
+        self._log = log
+        self._step = self._saved = step
+        self._in_flight: collections.deque[tuple[int, Metrics]] = collections.deque()
+
+    def run(self, signals: StopSignals) -> int:
+        """Take, log, validate and save steps until the last one, or the one a signal ends."""
+        run = self._config.run
+        while self._step < run.total_steps and not signals.received:
+            self._step += 1
+            metrics = self._session.train(next(self._batches))
+            self._in_flight.append((self._step, metrics))
+            last = self._step == run.total_steps
+            if self._data.validation and (last or self._step % run.val_every == 0):
+                self._validate()
+            if last or self._step % self._config.checkpoint.ckpt_every == 0:
+                self._save()
+            self._log_steps(but=_IN_FLIGHT)
+        if self._saved < self._step:
+            self._save()
+        return self._step
+
+    def _validate(self) -> None:
+        self._log_steps()
+        with self._log.paused():
+            validate(self._session, self._config, self._data, self._log, self._step)
+
+    def _save(self) -> None:
+        """Save the step that was taken last; its log first, so that a checkpoint never lacks it."""
+        self._log_steps()
+        with self._log.paused():
+            self._log.flush()
+            self._session.save(self._step, self._batches.position.to_json())
+        self._saved = self._step
+
+    def _log_steps(self, but: int = 0) -> None:
+        """Wait for the metrics of all steps `but` the last few, and log them."""
+        while len(self._in_flight) > but:
+            step, arrays = self._in_flight.popleft()
+            metrics = {name: float(value) for name, value in arrays.items()}
+            self._log.train(step, metrics)
+            if self._config.run.stop_on_nan:
+                _check_finite(step, metrics, self._config.optimizer.lr)
+
+
+def _check_finite(step: int, metrics: Metrics, lr: float) -> None:
+    """Raise if a step has spoilt the weights, or has seen that an earlier one has."""
+    spoilt = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
+    if spoilt:
+        raise TrainingError(
+            f"step {step}: {spoilt[0]} is {metrics[spoilt[0]]}; lower lr (now {lr}) or raise "
+            "warmup_steps and go on from the last checkpoint by running this again, or set "
+            "stop_on_nan to false to train on regardless"
+        )
+
+
+def validate(session: Session, config: Config, data: Data, log: MetricsLog, step: int) -> None:
     """Score the first `val_batches` batches of every validation set, and log the means."""
-    lengths_V = byte_lengths(tokenizer)
-    for name, batches in val_sets.items():
+    lengths_V = byte_lengths(data.tokenizer)
+    for name, batches in data.validation.items():
         nats, n_correct, n_tokens, n_bytes = 0.0, 0, 0, 0
         for tokens_BT1, mask_BT in itertools.islice(batches, config.run.val_batches):
             seen = session.evaluate(tokens_BT1, mask_BT)
@@ -188,6 +272,7 @@ def validate(
             n_correct += int(seen.correct_BT.sum())
             n_tokens += int(mask_BT.sum())
             if lengths_V is not None:
-                n_bytes += int(lengths_V[tokens_BT1[:, 1:][mask_BT]].sum())
+                seen_ids = tokens_BT1[:, 1:][mask_BT]
+                n_bytes += int(lengths_V[seen_ids[seen_ids < len(lengths_V)]].sum())
         bytes_per_token = n_bytes / n_tokens if n_bytes else None
         log.validation(step, name, nats / n_tokens, n_correct / n_tokens, bytes_per_token)

@@ -1,0 +1,58 @@
+"""The devices of this host, as many as a run asks for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import jax
+
+from mesh_transformer.config import Config
+from mesh_transformer.errors import UserError
+
+
+def host_devices(config: Config) -> list[jax.Device]:
+    """Return the devices to train on: this host's accelerators, or as many CPU devices as needed.
+
+    On a host without accelerators a configuration for 8 cores runs on 8 CPU devices, which the
+    host's cores share: slow, and exact.
+
+    Raises:
+        UserError: `tpu_size` and the devices there are do not match, or JAX finds none.
+    """
+    wanted = config.mesh.tpu_size or config.mesh.cores_per_replica
+    with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices it has
+        jax.config.update("jax_num_cpu_devices", wanted)
+    devices = _devices()
+    if config.mesh.tpu_size not in (None, len(devices)):
+        raise UserError(
+            f"tpu_size is {config.mesh.tpu_size}, but JAX sees {len(devices)} device(s) here "
+            f"({devices[0].device_kind}): set tpu_size to {len(devices)}, or leave it out to use "
+            "all there are"
+        )
+    return devices
+
+
+def one_replica(config: Config) -> tuple[Config, list[jax.Device]]:
+    """Return a run's configuration and devices for reading one copy of its model on this host.
+
+    Where there are fewer devices than `cores_per_replica`, each holds a larger part of the model.
+
+    Raises:
+        UserError: JAX finds no devices.
+    """
+    devices = _devices()
+    cores = config.mesh.cores_per_replica
+    n = max(n for n in range(1, min(cores, len(devices)) + 1) if cores % n == 0)
+    mesh = dataclasses.replace(config.mesh, tpu_size=n, cores_per_replica=n)
+    return dataclasses.replace(config, mesh=mesh), devices[:n]
+
+
+def _devices() -> list[jax.Device]:
+    try:
+        return jax.devices()
+    except RuntimeError as error:
+        raise UserError(
+            f"JAX finds no devices: {error}. If another program holds them, end it; to compute on "
+            "the CPU, set JAX_PLATFORMS=cpu in the environment"
+        ) from error
