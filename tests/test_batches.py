@@ -19,7 +19,7 @@ from record_files import (
     write,
 )
 
-from mesh_transformer.data import DataError
+from mesh_transformer.data import DataError, tfrecord
 from mesh_transformer.data.batches import Position
 
 
@@ -98,6 +98,22 @@ def test_a_set_smaller_than_a_batch_is_one_error(tmp_path: Path) -> None:
     batches(index, (4, 4))
     with pytest.raises(DataError, match=r"holds 16 sequences, less than one batch of 18 \(9 x 2\)"):
         batches(index, (9, 2))
+
+
+def test_starting_does_not_wait_for_slow_counting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compressed and remote files can only be counted by reading them."""
+    write(tmp_path / "a_zstd.tfrecords", numbered(30), compress=True)
+    limits: list[int] = []
+
+    def count(file: tfrecord.RecordFile, at_most: int = 0) -> int:
+        limits.append(at_most)
+        return at_most
+
+    monkeypatch.setattr(tfrecord, "count", count)
+    data = batches(str(tmp_path / "a_zstd.tfrecords"), (2,))
+    assert first_tokens(next(data)) == [0, 1] and limits == [2]
 
 
 def test_a_position_beyond_the_end_is_an_error(tmp_path: Path) -> None:

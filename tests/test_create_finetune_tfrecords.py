@@ -103,7 +103,7 @@ def test_the_description_and_the_index_go_with_the_data(tmp_path: Path) -> None:
         )
 
 
-def corpus(folder: Path, n_bytes: int = 3 << 20) -> Path:
+def corpus(folder: Path, n_bytes: int) -> Path:
     """Write some files of random words with known seeds."""
     folder.mkdir()
     rng = random.Random(0)
@@ -114,8 +114,11 @@ def corpus(folder: Path, n_bytes: int = 3 << 20) -> Path:
     return folder
 
 
-def test_the_outcome_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
-    folder = corpus(tmp_path / "corpus")
+def test_the_outcome_does_not_depend_on_the_number_of_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "_CHARACTERS_PER_TASK", 1 << 13)
+    folder = corpus(tmp_path / "corpus", 1 << 18)
     contents = []
     for workers in (1, 3):
         output = tmp_path / str(workers)
@@ -149,10 +152,40 @@ def test_the_seed_decides_the_order(tmp_path: Path) -> None:
     assert (sets[0] == sets[1]).all() and (sets[0] != sets[2]).any()
 
 
+class ManyTokens(StubTokenizer):
+    """Has ids that do not fit into two bytes."""
+
+    n_tokens = 70000
+    eot_id = 69999
+
+    def encode(self, text: str) -> list[int]:
+        return [66000 + byte for byte in text.encode()]
+
+
+def test_ids_of_large_vocabularies_are_kept(tmp_path: Path) -> None:
+    made = create("ab", tmp_path, ManyTokens(), seq=2)
+    assert read(made.path, 2).tolist() == [[66097, 66098, 69999]]
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [("input.txt", r"input\.txt: File exists"), ("/proc/none", r"/proc/none: No such file")],
+)
+def test_an_output_that_cannot_be_written_is_one_error(
+    tmp_path: Path, output: str, message: str
+) -> None:
+    path = tmp_path / "input.txt"
+    path.write_text("text")
+    with pytest.raises(DataError, match=message):
+        prepare.create(
+            path, "set", tokenizer.load("bytes"), Options(), output_dir=tmp_path / output
+        )
+
+
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("", {}, r"input\.txt: 0 documents with 0 tokens do not fill one sequence of 11"),
+        ("", {}, r"0 documents with 0 tokens do not fill one sequence of 11"),
         ("short", {}, r"1 documents with 6 tokens do not .* 11: add text, or lower --seq"),
         ("aaaaaaaaaaaa", {"min_unique_tokens": 3}, r"all 1 sequences have fewer than 3 different"),
         (b"one\nt\xffo", {}, r"input\.txt:2: not UTF-8 text"),

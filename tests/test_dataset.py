@@ -46,6 +46,7 @@ def test_paths_are_looked_for_beside_the_index_then_here_then_in_data(
         ),
         ("/b.tfrecords", r"set\.index, line 1: /b\.tfrecords: no such file \(looked for /b"),
         ("# nothing\n\n", r"set\.index: lists no file"),
+        ("s3://bucket/a.tfrecords", r"set\.index, line 1: s3://.*reads local files and gs:// only"),
         ("a.tfrecords\nempty.tfrecords\n", r"set\.index, line 2: .*the file is empty"),
         ("a.tfrecords\nfolder\n", r"set\.index, line 2: .*cannot be read: Is a directory"),
     ],

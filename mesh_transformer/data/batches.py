@@ -109,7 +109,7 @@ class RecordSet:
         """
         left = sample
         for number, file in enumerate(self.files):
-            if left < self._length(file):
+            if not left or left < self._length(file):
                 return number, left
             left -= self._length(file)
         if left:

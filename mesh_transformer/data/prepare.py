@@ -133,12 +133,27 @@ def create(
             not depend on it.
 
     Raises:
-        DataError: The input cannot be read, or does not fill one sequence.
+        DataError: The input cannot be read or does not fill a sequence, or nothing can be written.
     """
-    files = documents.find_files(input_path)
     index = index or output_dir / f"{name}.index"
-    _check_names(name, output_dir, index)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        files = documents.find_files(input_path)
+        _check_names(name, output_dir, index)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        return _create(files, name, tokenizer, options, output_dir, index, workers)
+    except OSError as error:
+        raise DataError(f"{error.filename or output_dir}: {error.strerror}") from error
+
+
+def _create(
+    files: list[Path],
+    name: str,
+    tokenizer: Tokenizer,
+    options: Options,
+    output_dir: Path,
+    index: Path,
+    workers: int | None,
+) -> Made:
     rng = None if options.preserve_data_order else random.Random(options.seed)
     if rng:
         rng.shuffle(files)
@@ -146,7 +161,7 @@ def create(
         texts, n_bytes = _tokenise(files, spool, tokenizer, options, workers)
         sequences, losses = _write(temporary, texts, tokenizer, options, rng)
         if not sequences:
-            raise _nothing(input_path, texts, losses, options)
+            raise _nothing(texts, losses, options)
         origin = dataset.Origin(
             tokenizer=tokenizer.name,
             fingerprint=tokenizer.fingerprint,
@@ -249,17 +264,15 @@ def _filter(tokenizer: Tokenizer, minimum: int) -> Callable[[np.ndarray], bool] 
     return keep
 
 
-def _nothing(
-    input_path: Path, texts: packing.Documents, losses: list[Loss], options: Options
-) -> DataError:
+def _nothing(texts: packing.Documents, losses: list[Loss], options: Options) -> DataError:
     n_excluded = sum(loss.n_excluded for loss in losses)
     if n_excluded:
         return DataError(
-            f"{input_path}: all {n_excluded} sequences have fewer than {options.min_unique_tokens} "
-            "different tokens: lower --min-unique-tokens"
+            f"all {n_excluded} sequences have fewer than {options.min_unique_tokens} different "
+            "tokens: lower --min-unique-tokens"
         )
     return DataError(
-        f"{input_path}: {len(texts)} documents with {len(texts.tokens)} tokens do not fill one "
+        f"the input's {len(texts)} documents with {len(texts.tokens)} tokens do not fill one "
         f"sequence of {options.seq + 1}: add text, or lower --seq"
     )
 

@@ -116,6 +116,10 @@ def _remote_head(path: str) -> tuple[int, bytes]:
     try:
         with tf.io.gfile.GFile(path, "rb") as file:
             return file.size(), file.read(12)
+    except tf.errors.UnimplementedError as error:
+        raise DataError(
+            f"{path}: TensorFlow reads local files and gs:// only; copy the file to one of them"
+        ) from error
     except tf.errors.OpError as error:
         raise DataError(f"{path}: cannot be read: {error.message}") from error
 
