@@ -36,6 +36,9 @@ KEYS: dict[str, Any] = {
     "name": "small",
 }
 
+COMPILED_FAST = {"xla_backend_optimization_level": 0}
+"""Options of `jax.jit` that halve the time to compile what runs only once."""
+
 
 def parsed(**keys: Any) -> config.Config:
     """Return the small configuration with some keys changed."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import original
 import pytest
+import small
 
 from mesh_transformer.model.decoder import make_model
 from mesh_transformer.model.loss import TokenLoss, next_token_loss
@@ -58,7 +59,8 @@ def computed(name: str) -> tuple[TokenLoss, Any]:
         seen = next_token_loss(logits_BTV[n_train:], targets_BT[n_train:])
         return n_steps * original_loss(logits_BTV[:n_train], targets_BT[:n_train]), seen
 
-    gradient, seen = jax.jit(jax.grad(objective, has_aux=True))(run.params())
+    both = jax.jit(jax.grad(objective, has_aux=True), compiler_options=small.COMPILED_FAST)
+    gradient, seen = both(run.params())
     return jax.device_get((seen, gradient))
 
 

@@ -24,8 +24,11 @@ TOLERANCE = 1e-5
 that, and five steps of Adam carry it on (measured: 1e-6)."""
 
 ALL = [(dp, mp, stage) for dp, mp in ((8, 1), (2, 4), (4, 2), (1, 8)) for stage in range(4)]
-FAST = [(1, 8, 0), (8, 1, 2), (4, 2, 1), (2, 4, 3)]
-"""Every mesh and every stage, but not each with each."""
+MASKED = (2, 4, 3)
+FAST = [(1, 8, 0), (8, 1, 2), (4, 2, 1), MASKED]
+"""Every mesh and every stage, but not each with each. One is always given a mask."""
+
+FULL_MASK = np.ones((A, B, T), np.float32)
 
 
 class Run(NamedTuple):
@@ -39,24 +42,24 @@ class Run(NamedTuple):
 def run(dp: int, mp: int, zero_stage: int, n_steps: int = N_STEPS, **keys: Any) -> Run:
     """Train on `BATCHES` from the same start."""
     state = small.start(dp, mp, zero_stage=zero_stage, **keys)
-    rows = []
+    train, rows = small.steps(dp, mp, zero_stage=zero_stage, **keys).train, []
+    mask = FULL_MASK if (dp, mp, zero_stage) == MASKED else None
     for batch in BATCHES[:n_steps]:
-        state, metrics = small.steps(dp, mp, zero_stage=zero_stage, **keys).train(
-            state, batch, None
-        )
+        state, metrics = train(state, batch, mask)
         rows.append(jax.device_get(metrics))
     return Run({key: np.array([row[key] for row in rows]) for key in rows[0]}, state)
 
 
 class Step(NamedTuple):
-    """One step: the mean gradient as Adam's first moment holds it (clipped, a tenth), and metrics."""
+    """One step: the mean gradient as Adam's first moment holds it (clipped, a tenth); metrics."""
 
     gradient: Any
     metrics: dict[str, np.ndarray]
 
 
-def step(tokens: Any, mask: Any = None, *, dp: int = 1, mp: int = 1, zero_stage: int = 0) -> Step:
-    """Take the first step."""
+def step(mesh: tuple[int, int, int], tokens: Any, mask: Any = None) -> Step:
+    """Take the first step on a mesh, given with its ZeRO stage."""
+    dp, mp, zero_stage = mesh
     state = small.start(dp, mp, zero_stage=zero_stage)
     state, metrics = small.steps(dp, mp, zero_stage=zero_stage).train(state, tokens, mask)
     return jax.device_get(Step(optax.tree.get(state.opt_state, "mu"), metrics))
@@ -81,16 +84,14 @@ def test_every_mesh_and_zero_stage_trains_as_one_device(dp: int, mp: int, zero_s
     assert alone["loss"][-1] < alone["loss"][0], "nothing was learned, so nothing was compared"
 
 
-@pytest.mark.parametrize(("dp", "mp", "zero_stage"), [(4, 2, 1), (2, 4, 3)])
-def test_every_mesh_scores_tokens_as_one_device(dp: int, mp: int, zero_stage: int) -> None:
-    tokens_BT1 = BATCHES[0, 0]
+def test_every_mesh_scores_tokens_as_one_device() -> None:
     alone, here = (
         jax.device_get(
-            small.steps(*mesh, zero_stage=stage).evaluate(
-                small.start(*mesh, zero_stage=stage).params, tokens_BT1
+            small.steps(dp, mp, zero_stage=zero_stage).evaluate(
+                small.start(dp, mp, zero_stage=zero_stage).params, BATCHES[0, 0]
             )
         )
-        for mesh, stage in (((1, 1), 0), ((dp, mp), zero_stage))
+        for dp, mp, zero_stage in ((1, 1, 0), (2, 4, 3))
     )
     assert here[0].shape == here[1].shape == (B, T)
     np.testing.assert_allclose(here[0], alone[0], rtol=0, atol=TOLERANCE)
@@ -104,19 +105,19 @@ def test_every_mesh_starts_from_the_same_weights() -> None:
 
 
 def test_steps_report_five_float32_scalars() -> None:
-    metrics = step(BATCHES[0]).metrics
+    metrics = step((1, 1, 0), BATCHES[0]).metrics
     assert set(metrics) == {"loss", "last_loss", "grad_norm", "micro_grad_norm", "lr"}
     assert all(value.shape == () and value.dtype == np.float32 for value in metrics.values())
 
 
 def test_a_step_takes_over_the_memory_of_the_state_before_it() -> None:
     before = small.start(2, 4, zero_stage=3)
-    small.steps(2, 4, zero_stage=3).train(before, BATCHES[0], None)
+    small.steps(2, 4, zero_stage=3).train(before, BATCHES[0], FULL_MASK)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
 
 
 def test_the_same_steps_give_the_same_bits() -> None:
-    first, again = (run.__wrapped__(2, 4, 3, n_steps=2) for _ in range(2))
+    first, again = (run.__wrapped__(*MASKED, n_steps=2) for _ in range(2))
     jax.tree.map(
         np.testing.assert_array_equal, jax.device_get(first.state), jax.device_get(again.state)
     )
@@ -124,49 +125,60 @@ def test_the_same_steps_give_the_same_bits() -> None:
         np.testing.assert_array_equal(values, again.metrics[name])
 
 
-def test_accumulating_microbatches_equals_one_batch() -> None:
-    in_two, at_once = step(BATCHES[0]), step(BATCHES[0].reshape(1, A * B, T + 1))
-    for name in ("loss", "last_loss"):
-        np.testing.assert_allclose(in_two.metrics[name], at_once.metrics[name], rtol=1e-6)
-    assert_same_gradient(in_two, at_once)
-    assert at_once.metrics["micro_grad_norm"] == at_once.metrics["grad_norm"]
-
-
 @functools.cache
-def gradients_by_sequence() -> Any:
-    """The gradient of each sequence's mean loss at the start, `[A, B, ...]`, flat, in float64."""
+def gradients_by_sequence() -> np.ndarray:
+    """Compute the gradient of each sequence's mean loss at the start: `[A, B, parameter]`."""
     model, weight = make_model(small.parsed().model), small.parsed().model.z_loss
 
     def objective(params: Any, tokens_T1: jax.Array) -> jax.Array:
         seen = score(model, params, tokens_T1[None])
         return (seen.loss_BT + weight * z_loss(seen.log_z_BT)).mean()
 
-    of_each = jax.jit(jax.vmap(jax.grad(objective), (None, 0)))
+    of_each = jax.jit(
+        jax.vmap(jax.grad(objective), (None, 0)), compiler_options=small.COMPILED_FAST
+    )
     tree = of_each(small.start().params, jnp.asarray(BATCHES[0].reshape(A * B, T + 1)))
     flat = [np.asarray(leaf, np.float64).reshape(A, B, -1) for leaf in jax.tree.leaves(tree)]
     return np.concatenate(flat, axis=-1)
 
 
+@pytest.mark.parametrize("mesh", [(1, 1, 0), *FAST])
+def test_a_step_accumulates_the_mean_of_gradients_computed_one_by_one(mesh: Any) -> None:
+    gradient, metrics = step(mesh, BATCHES[0], FULL_MASK if mesh == MASKED else None)
+    expected = gradients_by_sequence().mean((0, 1))
+    norm = np.linalg.norm(expected)
+    assert norm > 1, "nothing is clipped"
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-6)
+    flat = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(gradient)])
+    np.testing.assert_allclose(flat, 0.1 * expected / norm, rtol=0, atol=1e-7)
+
+
 @pytest.mark.parametrize(
-    ("dp", "mp", "zero_stage", "units"),
-    [(1, 1, 0, A), (8, 1, 2, A * 8), (4, 2, 1, A * 4), (2, 4, 3, A)],
+    ("mesh", "n_units"),
+    [((1, 1, 0), A), ((8, 1, 2), A * 8), ((4, 2, 1), A * 4), ((1, 8, 0), A), (MASKED, A)],
 )
-def test_gradient_norms_are_those_of_gradients_computed_one_by_one(
-    dp: int, mp: int, zero_stage: int, units: int
-) -> None:
-    of_each = gradients_by_sequence()
-    of_units = of_each.reshape(units, A * B // units, -1).mean(1)
-    micro = np.sqrt(np.square(np.linalg.norm(of_units, axis=-1)).mean())
-    metrics = run(dp, mp, zero_stage).metrics
-    np.testing.assert_allclose(metrics["micro_grad_norm"][0], micro, rtol=1e-5)
-    np.testing.assert_allclose(
-        metrics["grad_norm"][0], np.linalg.norm(of_each.mean((0, 1))), rtol=1e-5
+def test_micro_grad_norm_is_the_root_mean_square_over_microbatches(mesh: Any, n_units: int) -> None:
+    of_units = gradients_by_sequence().reshape(n_units, A * B // n_units, -1).mean(1)
+    expected = np.sqrt(np.square(np.linalg.norm(of_units, axis=-1)).mean())
+    np.testing.assert_allclose(run(*mesh).metrics["micro_grad_norm"][0], expected, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_accumulating_microbatches_equals_one_batch() -> None:
+    one_device = (1, 1, 0)
+    in_two, at_once = (
+        step(one_device, BATCHES[0]),
+        step(one_device, BATCHES[0].reshape(1, A * B, -1)),
     )
+    for name in ("loss", "last_loss"):
+        np.testing.assert_allclose(in_two.metrics[name], at_once.metrics[name], rtol=1e-6)
+    assert_same_gradient(in_two, at_once)
+    assert at_once.metrics["micro_grad_norm"] == at_once.metrics["grad_norm"]
 
 
 def masked(tokens: Any, mask: Any) -> Step:
     """Take a masked step on two replicas of four devices each, everything spread."""
-    return step(tokens, np.float32(mask), dp=2, mp=4, zero_stage=3)
+    return step(MASKED, tokens, np.float32(mask))
 
 
 @functools.cache
@@ -174,15 +186,6 @@ def some_mask() -> np.ndarray:
     """A third of all targets, unevenly over sequences, microbatches and replicas."""
     share_AB1 = np.random.default_rng(1).uniform(0, 0.7, (A, B, 1))
     return np.random.default_rng(2).uniform(size=(A, B, T)) < share_AB1
-
-
-def test_a_full_mask_is_no_mask() -> None:
-    full, without = (
-        masked(BATCHES[0], np.ones((A, B, T))),
-        step(BATCHES[0], dp=2, mp=4, zero_stage=3),
-    )
-    np.testing.assert_allclose(full.metrics["loss"], without.metrics["loss"], rtol=1e-6)
-    assert_same_gradient(full, without)
 
 
 def test_losses_are_means_over_valid_tokens() -> None:
