@@ -75,11 +75,34 @@ LAYOUTS: dict[str, bytes] = {
 }
 
 
+@pytest.mark.parametrize("block", [1, 5, 1 << 18])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_gives_the_same_documents(tmp_path: Path, name: str) -> None:
+def test_every_layout_gives_the_same_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, block: int
+) -> None:
+    monkeypatch.setattr(documents, "_BLOCK", block)
     path = tmp_path / name
     path.write_bytes(LAYOUTS[name])
     assert texts(path) == TEXTS
+
+
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    "a.xz": lzma.compress,
+    "a.tar.gz": lambda data: gzip.compress(tar({"b.xz": lzma.compress(tar({"a.txt": data}))})),
+    "a.jsonl.zst": lambda data: zstandard.compress(json_lines([data.decode()])),
+}
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_text_is_unpacked_in_the_smallest_portions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(documents, "_BLOCK", 3)
+    rng = random.Random(0)
+    text = "".join(rng.choices("aé北👩 \n", k=3000))
+    path = tmp_path / name
+    path.write_bytes(COMPRESSORS[name](text.encode()))
+    assert texts(path) == [text]
 
 
 def test_paragraphs_of_a_document_are_joined_by_an_empty_line(tmp_path: Path) -> None:

@@ -141,7 +141,8 @@ def _decompressed(blocks: Iterator[bytes], new: Callable[[], Any], place: str) -
         for block in blocks:
             while block := block if stream else block.lstrip(b"\0"):
                 stream = stream or new()
-                yield stream.decompress(block)
+                if unpacked := stream.decompress(block):
+                    yield unpacked
                 block = b""
                 if stream.eof:
                     block, stream = stream.unused_data, None

@@ -256,7 +256,7 @@ def _filter(tokenizer: Tokenizer, minimum: int) -> Callable[[np.ndarray], bool] 
 
     def keep(sequence: np.ndarray) -> bool:
         unique = len(np.unique(sequence))
-        if unique < minimum:
+        if unique < minimum and logger.isEnabledFor(logging.DEBUG):
             text = tokenizer.decode(sequence.tolist())
             logger.debug("left out for only %d different tokens: %r", unique, text)
         return unique >= minimum
