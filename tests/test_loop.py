@@ -1,0 +1,353 @@
+"""The training loop, driven with a session that only writes down what it is asked to do."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import record_files
+from configurations import MINIMAL
+
+from mesh_transformer import metrics_file
+from mesh_transformer.config import Config, parse
+from mesh_transformer.data import DataError
+from mesh_transformer.metrics import MetricsLog
+from mesh_transformer.session import Evaluation, Generation, Metrics, Restored
+from mesh_transformer.training import loop
+from mesh_transformer.training.loop import Finished, StopSignals, TrainingError
+
+SEQ = 4
+N_SEQUENCES = 64
+PER_STEP = 4
+
+
+class Fake:
+    """A session that trains nothing: the loss of step s is s, that of a target t is t / 8 nats."""
+
+    def __init__(self, restored: Restored | None = None) -> None:
+        self.events: list[Any] = []
+        self.restored = restored
+        self.step = restored.step if restored else 0
+        self.metrics: dict[int, dict[str, float]] = {}
+        self.during: dict[Any, Callable[[], None]] = {}
+
+    def does(self, *event: Any) -> None:
+        self.events.append(event)
+        self.during.get(event[:2], lambda: None)()
+
+    def train(self, tokens_ABT1: np.ndarray, mask_ABT: np.ndarray | None = None) -> Metrics:
+        self.step += 1
+        self.does("train", self.step, record_files.first_tokens(tokens_ABT1))
+        usual = {"loss": self.step, "last_loss": 0, "grad_norm": 1, "micro_grad_norm": 1, "lr": 0.1}
+        return usual | self.metrics.get(self.step, {})
+
+    def evaluate(self, tokens_BT1: np.ndarray, mask_BT: np.ndarray | None = None) -> Evaluation:
+        self.does("evaluate", self.step, len(tokens_BT1))
+        loss_BT = tokens_BT1[:, 1:].astype(np.float32) / 8
+        return Evaluation(loss_BT * mask_BT, (tokens_BT1[:, 1:] % 2 == 0) & mask_BT)
+
+    def save(self, step: int, position: Mapping[str, Any]) -> None:
+        self.does("save", step, position["epoch"] * N_SEQUENCES + position["sample"])
+
+    def restore(self, step: int | None = None) -> Restored | None:
+        self.does("restore", step)
+        return self.restored
+
+    def generate(self, *_: object) -> Generation:
+        raise NotImplementedError
+
+    def named(self, *kinds: str) -> list[tuple[str, int]]:
+        """The events of these kinds, with their steps."""
+        return [event[:2] for event in self.events if event[0] in kinds]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run in a folder with a training set, and leave the signals' handlers as they were."""
+    monkeypatch.chdir(tmp_path)
+    record_files.write(Path("train.tfrecords"), record_files.numbered(N_SEQUENCES, seq=SEQ))
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def configured(**keys: Any) -> Config:
+    ours = {
+        "seq": SEQ,
+        "tokenizer": "bytes",
+        "per_replica_batch": PER_STEP // 2,
+        "gradient_accumulation_steps": 2,
+        "warmup_steps": 1,
+        "anneal_steps": 1,
+        "train_set": "train.tfrecords",
+        "model_dir": "run",
+        "keep_every": keys.get("ckpt_every", 5),
+    }
+    return parse(MINIMAL | ours | keys)
+
+
+def train(session: Fake, **keys: Any) -> Finished:
+    config = configured(**keys)
+    with StopSignals() as signals:
+        data = loop.Data(config, 1)
+        return loop.train(session, config, data, signals, n_devices=1, device_kind="cpu")
+
+
+def lines() -> list[dict[str, Any]]:
+    """The log, without what differs from run to run."""
+    timeless = metrics_file.read("run")
+    return [{k: v for k, v in line.items() if k not in metrics_file.TIMING} for line in timeless]
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fake], None]:
+    """Let what is done to the log stand among a session's events."""
+
+    def among(session: Fake) -> None:
+        def noting(name: str) -> None:
+            method = getattr(MetricsLog, name)
+
+            def noted(log: MetricsLog, *args: Any) -> None:
+                session.events.append((f"log {name}", *args[:1]))
+                method(log, *args)
+
+            monkeypatch.setattr(MetricsLog, name, noted)
+
+        for name in ("train", "validation", "flush"):
+            noting(name)
+
+    return among
+
+
+# What happens when
+
+
+def test_metrics_are_looked_at_two_steps_late_and_all_of_them_before_a_checkpoint(
+    logged: Callable[[Fake], None],
+) -> None:
+    session = Fake()
+    logged(session)
+    assert train(session, total_steps=5, ckpt_every=100) == Finished(5, None)
+    assert [" ".join(map(str, event[:2])) for event in session.events] == [
+        "restore None",
+        *("train 1", "train 2", "train 3", "log train 1", "train 4", "log train 2", "train 5"),
+        *("log train 3", "log train 4", "log train 5", "log flush", "save 5"),
+    ]
+
+
+def test_a_step_is_logged_then_validated_then_saved(logged: Callable[[Fake], None]) -> None:
+    record_files.write(Path("val.tfrecords"), record_files.numbered(5, seq=SEQ))
+    session = Fake()
+    logged(session)
+    keys = {"val_set": {"v": "val.tfrecords"}, "val_batches": 2, "val_every": 2}
+    train(session, total_steps=5, ckpt_every=4, **keys)
+    validated = ["evaluate", "evaluate", "log validation"]
+    assert [event[0] for event in session.events] == [
+        *("restore", "train", "train", "log train", "log train", *validated),
+        *("train", "train", "log train", "log train", *validated, "log flush", "save"),
+        *("train", "log train", *validated, "log flush", "save"),
+    ]
+    assert session.named("log validation") == [("log validation", step) for step in (2, 4, 5)]
+    assert session.named("save") == [("save", 4), ("save", 5)]
+
+
+def test_each_step_takes_the_next_batch_and_is_logged_once() -> None:
+    session = Fake()
+    train(session, total_steps=20, ckpt_every=7)
+    fed = [event for event in session.events if event[0] == "train"]
+    assert [event[1] for event in fed] == list(range(1, 21))
+    assert [n for event in fed for n in event[2]] == [n % N_SEQUENCES for n in range(80)]
+    assert [(line["step"], line["train/loss"]) for line in lines()] == [
+        (step, step) for step in range(1, 21)
+    ]
+    saves = [event[1:] for event in session.events if event[0] == "save"]
+    assert saves == [(step, step * PER_STEP) for step in (7, 14, 20)]
+
+
+def test_without_val_batches_nothing_is_validated() -> None:
+    session = Fake()
+    train(session, val_every=1)
+    assert not session.named("evaluate")
+
+
+# Going on
+
+
+def test_a_resumed_run_feeds_and_logs_what_an_uninterrupted_one_does() -> None:
+    whole = Fake()
+    train(whole, ckpt_every=6)
+    log = lines()
+    rest = Fake(Restored(6, {"epoch": 0, "sample": 6 * PER_STEP}))
+    train(rest, ckpt_every=6)
+    assert rest.events[1:] == [event for event in whole.events if event[1] and event[1] > 6]
+    assert lines() == log
+
+
+def test_at_the_last_step_there_is_nothing_to_do(caplog: pytest.LogCaptureFixture) -> None:
+    train(Fake())
+    before = Path("run/metrics.jsonl").read_bytes()
+    caplog.set_level("INFO")
+    session = Fake(Restored(10, {"epoch": 0, "sample": 40}))
+    assert train(session) == Finished(10, None)
+    assert session.events == [("restore", None)]
+    assert Path("run/metrics.jsonl").read_bytes() == before
+    assert "nothing to do: total_steps is 10" in caplog.text
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"train_set": "absent.index"}, "index file absent.index: no such file"),
+        ({"per_replica_batch": N_SEQUENCES}, "holds 64 sequences, less than one batch of 128"),
+        ({"val_set": {"v": "absent.index"}, "val_batches": 1}, "absent.index: no such file"),
+        ({"tokenizer": "absent.json"}, "tokenizer absent.json: there is no file"),
+    ],
+)
+def test_data_that_cannot_be_used_is_told_before_anything_is_asked_of_the_session(
+    keys: dict[str, Any], told: str
+) -> None:
+    session = Fake()
+    with pytest.raises(DataError, match=told):
+        train(session, **keys)
+    assert not session.events and not Path("run").exists()
+
+
+def test_data_that_ends_before_the_position_is_told_before_training() -> None:
+    session = Fake(Restored(5, {"epoch": 0, "sample": 65}))
+    with pytest.raises(DataError, match="holds 64 sequences, but reading is to go on after 65"):
+        train(session)
+    assert session.events == [("restore", None)]
+
+
+@pytest.mark.parametrize(
+    ("step", "name"), [(3, "loss"), (5, "loss"), (5, "grad_norm"), (10, "grad_norm")]
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_spoils_the_weights_is_logged_and_nothing_is_saved_from_it_on(
+    step: int, name: str, value: float
+) -> None:
+    """A finite loss with a gradient that is not finite spoils the weights as well."""
+    session = Fake()
+    session.metrics = {step: {name: value}}
+    with pytest.raises(TrainingError, match=rf"step {step}: {name} is {value}; lower lr \(now"):
+        train(session)
+    assert session.named("save") == [("save", 5)] * (step > 5)
+    assert [line["step"] for line in lines()] == list(range(1, step + 1))
+
+
+def test_a_run_may_be_told_to_train_on_regardless() -> None:
+    session = Fake()
+    session.metrics = {5: {"loss": math.nan}}
+    assert train(session, stop_on_nan=False) == Finished(10, None)
+    assert session.named("save") == [("save", 5), ("save", 10)]
+
+
+# Signals
+
+
+def send(*numbers: signal.Signals) -> Callable[[], None]:
+    def sending() -> None:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    return sending
+
+
+BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+
+@BOTH
+@pytest.mark.parametrize("step", [1, 5, 7])
+def test_a_signal_ends_training_with_a_checkpoint_of_the_step_under_way(
+    number: signal.Signals, step: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = Fake()
+    session.during = {("train", step): send(number)}
+    assert train(session) == Finished(step, number)
+    assert session.events[-1] == ("save", step, step * PER_STEP)
+    assert session.named("save").count(("save", step)) == 1
+    assert [line["step"] for line in lines()] == list(range(1, step + 1))
+    assert f"{number.name}: stopping once a checkpoint is saved" in caplog.text
+
+
+def test_a_signal_while_saving_ends_training_there() -> None:
+    session = Fake()
+    session.during = {("save", 5): send(signal.SIGTERM)}
+    assert train(session) == Finished(5, signal.SIGTERM)
+    assert session.named("train", "save")[-2:] == [("train", 5), ("save", 5)]
+
+
+def test_a_signal_in_the_last_step_changes_nothing() -> None:
+    session = Fake()
+    session.during = {("train", 10): send(signal.SIGTERM)}
+    assert train(session) == Finished(10, None)
+
+
+def test_a_second_ctrl_c_interrupts_at_once() -> None:
+    session = Fake()
+    session.during = {("train", 3): send(signal.SIGINT, signal.SIGINT)}
+    with pytest.raises(KeyboardInterrupt):
+        train(session)
+    assert session.events[-1][:2] == ("train", 3)
+
+
+def test_a_second_sigterm_acts_as_it_did_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    acted = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: acted.append(number))
+    session = Fake()
+    session.during = {("train", 3): send(signal.SIGTERM, signal.SIGTERM)}
+    train(session)
+    assert acted == [signal.SIGTERM]
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_signals_are_noted_from_the_first_step_until_the_block_ends() -> None:
+    config = configured()
+    data = loop.Data(config, 1)
+    with StopSignals() as signals:
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)()
+        loop.train(Fake(), config, data, signals, n_devices=1, device_kind="cpu")
+        send(signal.SIGTERM)()  # as while the last checkpoint is written
+        assert signals.received is signal.SIGTERM
+
+
+# Validation
+
+
+def val_set(name: str, targets: list[list[int]]) -> str:
+    record_files.write(Path(f"{name}.tfrecords"), np.array([[0, *row] for row in targets]))
+    return f"{name}.tfrecords"
+
+
+def test_every_set_is_validated_by_means_over_its_first_batches() -> None:
+    """Batches hold two sequences; of a batch that is not full, only what is there counts."""
+    bytes_ = [[64, 64, 64, 65], [66, 66, 67, 256]]
+    keys = {
+        "a": val_set("a", bytes_ + bytes_[:1]),
+        "b": val_set("b", [[2, 3, 3, 3]] * 5),
+        "beyond": val_set("beyond", [[300, 301, 2, 2]]),
+    }
+    train(Fake(), val_set=keys, val_batches=2, total_steps=2)
+    a, b, beyond = lines()[2:]
+    sum_a = 2 * (64 * 3 + 65) + 66 * 2 + 67 + 256
+    assert a == {
+        "step": 2,
+        "val/loss_a": sum_a / 8 / 12,
+        "val/accuracy_a": 9 / 12,
+        # 256 ends a document and stands for no byte, so 11 bytes.
+        "val/bits_per_byte_a": pytest.approx(sum_a / 8 / math.log(2) / 11, rel=1e-14),
+    }
+    assert b["val/loss_b"] == 11 / 8 / 4 and b["val/accuracy_b"] == 1 / 4
+    assert b["val/bits_per_byte_b"] == pytest.approx(11 / 8 / 4 / math.log(2), rel=1e-14)
+    # Ids beyond the tokenizer's stand for no text either.
+    assert beyond["val/bits_per_byte_beyond"] == pytest.approx(605 / 8 / math.log(2) / 2, rel=1e-14)
