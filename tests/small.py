@@ -74,3 +74,23 @@ def _initial(**keys: Any) -> TrainState:
 def tokens(*shape: int, seed: int = 0) -> np.ndarray:
     """Return random token ids of the small vocabulary."""
     return np.random.default_rng(seed).integers(0, KEYS["n_vocab"], shape, dtype=np.int32)
+
+
+def assert_close(ours: Any, theirs: Any, tolerance: float) -> None:
+    """Compare parameter trees name by name.
+
+    The tolerance is absolute, and relative to the largest number of an array where that is below 1.
+    """
+    assert {module: set(values) for module, values in ours.items()} == {
+        module: set(values) for module, values in theirs.items()
+    }
+    for module, values in theirs.items():
+        for name, value in values.items():
+            atol = tolerance * min(1, float(np.abs(value).max()))
+            np.testing.assert_allclose(
+                np.asarray(ours[module][name]),
+                np.asarray(value),
+                rtol=0,
+                atol=atol,
+                err_msg=f"{module}/{name}",
+            )
