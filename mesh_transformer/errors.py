@@ -44,6 +44,9 @@ def run_command(main: Callable[[], int], *, when_interrupted: str = "") -> NoRet
 class _Notices(logging.Handler):
     """Writes to what standard error is at the time: a progress bar stands in for it for a while."""
 
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.name != "absl"  # through it Orbax logs at length what it also raises
+
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(self.format(record) + "\n")
 

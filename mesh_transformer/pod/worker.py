@@ -88,7 +88,7 @@ class Worker:
             ValueError: The tokens or the mask are of another shape than the letters say, longer
                 than `seq`, not a multiple of the replicas, or outside the vocabulary.
         """
-        self._check_tokens(tokens_ABT1, "ABT1", mask_ABT)
+        self._check_tokens("ABT1", tokens_ABT1, mask_ABT, self.mesh.shape["dp"])
         tokens = self._on_mesh(tokens_ABT1.astype(np.int32), "ABT")
         mask = None if mask_ABT is None else self._on_mesh(mask_ABT.astype(np.float32), "ABT")
         state, self._copies = self.state, None  # the copies' memory is free for the step
@@ -101,11 +101,10 @@ class Worker:
         Raises:
             ValueError: As for `train`, but for the number of sequences.
         """
-        n = len(tokens_BT1)
-        padded = self._pad(tokens_BT1)
-        self._check_tokens(padded, "BT1")
-        tokens = self._on_mesh(padded.astype(np.int32), "BT")
+        self._check_tokens("BT1", tokens_BT1, mask_BT)
+        tokens = self._on_mesh(self._pad(tokens_BT1.astype(np.int32)), "BT")
         loss_BT, correct_BT = self.steps.evaluate(self.state.params, tokens)
+        n = len(tokens_BT1)
         loss_BT, correct_BT = np.asarray(loss_BT)[:n], np.asarray(correct_BT)[:n]
         if mask_BT is None:
             return Evaluation(loss_BT, correct_BT)
@@ -280,13 +279,16 @@ class Worker:
         missing = -len(array) % self.mesh.shape["dp"]
         return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
 
-    def _check_tokens(self, tokens: np.ndarray, dims: str, mask: np.ndarray | None = None) -> None:
-        dp, seq, n_vocab = self.mesh.shape["dp"], self.config.model.seq, self.config.model.n_vocab
+    def _check_tokens(
+        self, dims: str, tokens: np.ndarray, mask: np.ndarray | None, multiple: int = 1
+    ) -> None:
+        seq, n_vocab = self.config.model.seq, self.config.model.n_vocab
         rank, shape = len(dims) - 1, tokens.shape
-        if tokens.ndim != rank or 0 in shape or shape[-2] % dp or not 2 <= shape[-1] <= seq + 1:
+        sound = tokens.ndim == rank and 0 not in shape
+        if not sound or shape[-2] % multiple or not 2 <= shape[-1] <= seq + 1:
             raise ValueError(
                 f"tokens_{dims} has the shape {shape}; needed are {rank} dimensions, B a multiple "
-                f"of {dp} (one part for each replica), T1 from 2 to {seq + 1} (seq + 1)"
+                f"of {multiple} (one part for each replica), T1 from 2 to {seq + 1} (seq + 1)"
             )
         if mask is not None and mask.shape != (wanted := (*shape[:-1], shape[-1] - 1)):
             raise ValueError(f"the mask has the shape {mask.shape}; one per target is {wanted}")
