@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 import pytest
 
+import mesh_transformer.sharding
+
 ROOT = pathlib.Path(__file__).parent.parent
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
@@ -91,6 +93,12 @@ def test_the_files_and_links_named_exist(document: str) -> None:
     named = re.findall(rf"(?<![\w./-])({ours}/[\w./-]*\w)", text)
     missing += [name for name in named if not (ROOT / name).exists()]
     assert not missing
+
+
+def test_the_alphabet_shown_is_the_one_in_use() -> None:
+    legend = re.findall(r"^    [A-Z]  .*$", mesh_transformer.sharding.__doc__ or "", re.MULTILINE)
+    shown = re.findall(r"^    [A-Z]  .*$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert legend and shown == legend
 
 
 def test_the_readme_shows_both_commands() -> None:
