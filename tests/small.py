@@ -45,13 +45,21 @@ def parsed(**keys: Any) -> config.Config:
     return config.parse(KEYS | keys)
 
 
-@functools.cache
 def worker(dp: int = 1, mp: int = 1, **keys: Any) -> Worker:
     """Return a host with this mesh; the same one, and its compiled steps, for the same arguments.
 
     Its weights are what the last test left there: set `state` before using them.
     """
+    return _worker(dp, mp, **_changes(keys))
+
+
+@functools.cache
+def _worker(dp: int, mp: int, **keys: Any) -> Worker:
     return Worker(parsed(cores_per_replica=mp, **keys), jax.devices()[: dp * mp])
+
+
+def _changes(keys: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if KEYS.get(key) != value}
 
 
 def steps(dp: int = 1, mp: int = 1, **keys: Any) -> Steps:
@@ -61,7 +69,7 @@ def steps(dp: int = 1, mp: int = 1, **keys: Any) -> Steps:
 
 def start(dp: int = 1, mp: int = 1, **keys: Any) -> TrainState:
     """Return the state before the first step, initialised on one device and put on the mesh."""
-    host_state = _initial(**{key: value for key, value in keys.items() if key != "zero_stage"})
+    host_state = _initial(**_changes(keys | {"zero_stage": KEYS["zero_stage"]}))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, steps(dp, mp, **keys).state)
     return jax.device_put(host_state, shardings, may_alias=False)
 
