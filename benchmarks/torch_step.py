@@ -53,6 +53,22 @@ def gptj(model: config.ModelConfig) -> transformers.GPTJForCausalLM:
     )
 
 
+def adamw(model: torch.nn.Module, rule: config.OptimizerConfig) -> torch.optim.Optimizer:
+    """Return AdamW, fused, with the decay of matrices only."""
+    matrices, vectors = (
+        [p for p in model.parameters() if (p.ndim >= 2) == decayed] for decayed in (True, False)
+    )
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": rule.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=rule.lr,
+        betas=(0.9, 0.999),
+        fused=True,
+    )
+
+
 def measure(run: config.Config, n_steps: int, n_warm_up: int) -> dict[str, Any]:
     """Return tokens/s, step time and memory of the same training step in PyTorch."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,18 +77,7 @@ def measure(run: config.Config, n_steps: int, n_warm_up: int) -> dict[str, Any]:
     if run.model.remat == "full":
         model.gradient_checkpointing_enable()
     forward = torch.compile(model) if device == "cuda" else model
-    matrices, vectors = (
-        [p for p in model.parameters() if (p.ndim >= 2) == decayed] for decayed in (True, False)
-    )
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": run.optimizer.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=run.optimizer.lr,
-        betas=(0.9, 0.999),
-        fused=True,
-    )
+    optimizer = adamw(model, run.optimizer)
     n_micro = run.batch.gradient_accumulation_steps
     shape = (n_micro, run.batch.per_replica_batch, run.model.seq + 1)
     tokens = torch.randint(run.model.n_tokens, shape, device=device)

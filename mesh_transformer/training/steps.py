@@ -97,7 +97,7 @@ class Steps(NamedTuple):
         evaluate: params, tokens_BT1 -> loss_BT, correct_BT.
         copies: params -> the weights in the compute dtype, for `prefill` and `decode`.
         prefill: copies, tokens_BT, S -> Cache with room for S positions.
-        decode: copies, Continuation (donated), Choice, stop_N, n -> Continuation, n tokens on.
+        decode: copies, Continuation (donated), Choice, stop_ids, n -> Continuation, n tokens on.
     """
 
     state: TrainState
@@ -252,7 +252,7 @@ def decode(
     weights: Any,
     start: Continuation,
     choice: Choice,
-    stop_N: jax.Array,
+    stop_ids: jax.Array,
     n: jax.Array,
     *,
     config: Config,
@@ -275,7 +275,7 @@ def decode(
         logits_BTV, cache = model.apply(weights, fed_B1, now.position_B[:, None], now.cache)
         next_B = now.position_B + 1
         token_B, logprob_B = choose(logits_BTV[:, 0], choice, next_B, config.model.n_tokens)
-        done_B = now.done_B | (token_B[:, None] == stop_N).any(-1)
+        done_B = now.done_B | (token_B[:, None] == stop_ids).any(-1)
         write_B = jnp.where(done_B, now.tokens_BS.shape[1], next_B)  # out of range: dropped
         position_B = jnp.where(done_B, now.position_B, next_B)
         return i + 1, Continuation(
