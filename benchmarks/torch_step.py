@@ -73,7 +73,8 @@ def measure(run: config.Config, n_steps: int, n_warm_up: int) -> dict[str, Any]:
     """Return tokens/s, step time and memory of the same training step in PyTorch."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    model = gptj(run.model).to(device)
+    model: Any = gptj(run.model)
+    model.to(device)
     if run.model.remat == "full":
         model.gradient_checkpointing_enable()
     forward = torch.compile(model) if device == "cuda" else model

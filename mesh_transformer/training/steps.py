@@ -158,7 +158,7 @@ def abstract_state(
     shapes = jax.eval_shape(functools.partial(init, model, optimizer), jax.random.key(0))
     dims = param_dims(shapes.params)
 
-    def placed(leaf: Any, letters: str = "") -> jax.ShapeDtypeStruct:
+    def placed(leaf: Any, letters: str = "") -> Any:
         sharding = NamedSharding(mesh, stored_spec(letters, config.mesh.zero_stage))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
