@@ -1,0 +1,150 @@
+"""Real runs of a tiny model: its data and configuration, its commands and what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import create_finetune_tfrecords
+from mesh_transformer import config, metrics_file
+from mesh_transformer.checkpoints import native
+from mesh_transformer.pod.worker import Worker
+
+ROOT = Path(__file__).parent.parent
+SEQ = 16
+
+KEYS: dict[str, Any] = {
+    "layers": 1,
+    "d_model": 16,
+    "n_heads": 4,
+    "n_vocab": 264,
+    "seq": SEQ,
+    "tokenizer": "bytes",
+    "compute_dtype": "float32",
+    "per_replica_batch": 2,
+    "warmup_steps": 2,
+    "anneal_steps": 30,
+    "lr": 1e-2,
+    "end_lr": 1e-3,
+    "weight_decay": 0.1,
+    "total_steps": 40,
+    "val_batches": 2,
+    "val_every": 4,
+    "ckpt_every": 5,
+    "keep_every": 10,
+    "keep_n": 2,
+    "name": "tiny",
+}
+
+
+class Run(NamedTuple):
+    """A run in a folder of its own.
+
+    Attributes:
+        config: Its configuration file.
+        root: Its model_dir.
+        cache: Where compiled programs are kept, so that only the first process compiles.
+    """
+
+    config: Path
+    root: Path
+    cache: Path
+
+    def keys(self) -> dict[str, Any]:
+        keys: dict[str, Any] = json.loads(self.config.read_text())
+        return keys
+
+    def but(self, name: str, **keys: Any) -> Run:
+        """Another run on the same data, with other keys."""
+        root = self.root.with_name(name)
+        path = self.config.with_name(f"{name}.json")
+        path.write_text(json.dumps(self.keys() | {"model_dir": str(root)} | keys))
+        return Run(path, root, self.cache)
+
+    def train(self, *flags: str) -> subprocess.Popen[str]:
+        """Start `device_train.py` in a process of its own."""
+        return self.start("device_train.py", "--config", str(self.config), *flags)
+
+    def start(self, script: str, *arguments: str) -> subprocess.Popen[str]:
+        """Start a script of the repository."""
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / script), *arguments],
+            env=os.environ
+            | {
+                "JAX_PLATFORMS": "cpu",
+                "JAX_COMPILATION_CACHE_DIR": str(self.cache),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            },
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def log(self) -> list[dict[str, Any]]:
+        """What is logged, but for times."""
+        return [
+            {key: value for key, value in line.items() if key not in metrics_file.TIMING}
+            for line in metrics_file.read(str(self.root))
+        ]
+
+    def arrays(self, step: int) -> list[np.ndarray]:
+        """Weights, Adam's moments and counts of a checkpoint."""
+        worker = Worker(config.load(self.config), jax.devices()[: self.keys().get("tpu_size", 1)])
+        folder = str(self.root / "checkpoints" / f"step_{step}")
+        state, _ = native.restore(folder, worker.steps.state)
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+    def about(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says of itself."""
+        path = self.root / "checkpoints" / f"step_{step}" / "about" / "about.json"
+        about: dict[str, Any] = json.loads(path.read_text())
+        return about
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint; nothing else lies beside them."""
+        found = (self.root / "checkpoints").iterdir()
+        return sorted(int(path.name.removeprefix("step_")) for path in found)
+
+
+def make(folder: Path, **keys: Any) -> Run:
+    """Make data by the command for it, from text that every machine has, and a configuration."""
+    for name, module in (("train", json.decoder), ("val", json.encoder)):
+        text = folder / f"{name}.txt"
+        text.write_text(Path(module.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+        create_finetune_tfrecords.main(
+            [
+                *(str(text), name, "--output-dir", str(folder)),
+                *("--tokenizer", "bytes", "--seq", str(SEQ), "--workers", "1"),
+            ]
+        )
+    sets = {"train_set": str(folder / "train.index"), "val_set": {"v": str(folder / "val.index")}}
+    path = folder / "run.json"
+    path.write_text(json.dumps(KEYS | sets | {"model_dir": str(folder / "run")} | keys))
+    return Run(path, folder / "run", folder / "compiled")
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
+    """Wait for something that a process does; False if it ends without."""
+    while not happened():
+        try:
+            process.wait(timeout=0.002)
+        except subprocess.TimeoutExpired:
+            continue
+        return happened()
+    return True
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Wait for a process; its status, and what it wrote to standard output and standard error."""
+    with process:
+        output, errors = process.communicate()
+    return process.returncode, output, errors

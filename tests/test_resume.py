@@ -1,0 +1,134 @@
+"""A run that is killed and started again, as often as it takes, ends as one that never was."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+from runs import Run
+
+from mesh_transformer.checkpoints import layout
+
+TOTAL = runs.KEYS["total_steps"]
+SPREAD = {
+    "tpu_size": 8,
+    "cores_per_replica": 4,
+    "zero_stage": 3,
+    "gradient_accumulation_steps": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+def uninterrupted(folder: Path, **keys: Any) -> Run:
+    """A run that nothing stops."""
+    run = runs.make(folder, **keys)
+    status, _, errors = runs.ended(run.train())
+    assert status == 0, errors
+    return run
+
+
+def logged(run: Run, step: int) -> Callable[[], bool]:
+    """Whether a step is logged from now on, which is while the second one after it is taken."""
+    path, begin = run.root / "metrics.jsonl", time.time_ns()
+
+    def since_then() -> bool:
+        changed = path.exists() and path.stat().st_mtime_ns > begin
+        return changed and f'{{"step": {step}, "train' in path.read_text()
+
+    return since_then
+
+
+def saved(run: Run, step: int) -> Callable[[], bool]:
+    """Whether a checkpoint is complete."""
+    return (run.root / "checkpoints" / f"step_{step}" / layout.MARKER).exists
+
+
+def saving(run: Run, step: int, inside: str = "") -> Callable[[], bool]:
+    """Whether a checkpoint being written has come as far as to hold some file, or further."""
+    path = run.root / "checkpoints" / f"step_{step}.orbax-checkpoint-tmp" / inside
+    return lambda: path.exists() or saved(run, step)()
+
+
+def kill(run: Run, when: Callable[[], bool]) -> None:
+    """Start or resume a run and kill it once something has happened."""
+    process = run.train()
+    assert runs.wait_until(when, process), runs.ended(process)
+    process.kill()
+    assert runs.ended(process)[0] == -signal.SIGKILL
+
+
+def kill_after(run: Run, seconds: float) -> None:
+    """Start or resume a run and kill it after a time."""
+    process = run.train()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=seconds)
+    process.kill()
+    assert runs.ended(process)[0] == -signal.SIGKILL
+
+
+def finish(run: Run) -> None:
+    status, output, errors = runs.ended(run.train())
+    assert status == 0 and f"Trained to step {TOTAL}." in output, errors
+
+
+def assert_as_if_never_stopped(run: Run, whole: Run) -> None:
+    """Weights, moments, counts, data position and all that is logged but time: to the bit."""
+    assert run.log() == whole.log()
+    for ours, theirs in zip(run.arrays(TOTAL), whole.arrays(TOTAL), strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+    assert run.about(TOTAL)["extra"]["position"] == whole.about(TOTAL)["extra"]["position"]
+    assert run.steps() == whole.steps()
+
+
+def test_a_run_killed_while_saving_then_stopped_in_a_step_ends_as_if_never_stopped(
+    folder: Path,
+) -> None:
+    """On a 2 x 4 mesh, everything spread over the replicas, two microbatches a step."""
+    whole = uninterrupted(folder, **SPREAD)
+    run = whole.but("stopped")
+    kill(run, saving(run, 10, inside="state"))
+    happened = logged(run, 11)
+    process = run.train()
+    assert runs.wait_until(happened, process), runs.ended(process)
+    process.terminate()
+    status, output, errors = runs.ended(process)
+    assert status == 128 + signal.SIGTERM
+    assert "SIGTERM: stopping once a checkpoint is saved; once more stops at once" in errors
+    last = max(run.steps())
+    assert 11 < last < TOTAL
+    assert f"Stopped at step {last}, which is saved. To go on from the newest" in output
+    finish(run)
+    assert_as_if_never_stopped(run, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [{}, SPREAD | {"zero_stage": 2}], ids=["1x1", "2x4-zero2"])
+def test_a_run_killed_at_every_kind_of_moment_ends_as_if_never_stopped(
+    tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    whole = uninterrupted(tmp_path, **keys)
+    run = whole.but("killed")
+    some = random.Random(os.environ.get("KILL_SEED", "0")).uniform
+    kill_after(run, some(0, 3))  # as programs start
+    kill(run, logged(run, 3))  # before there is a checkpoint
+    kill(run, saving(run, 5))  # as the first one begins
+    kill(run, saving(run, 10, inside="about"))  # arrays under way
+    kill(run, saving(run, 10, inside="files.json"))  # all written, not yet committed
+    kill(run, saved(run, 15))  # just committed, the superseded one about to go
+    kill(run, logged(run, 18))  # in a step
+    kill_after(run, some(0, 6))  # anywhere
+    kill(run, logged(run, 24))  # just validated
+    finish(run)
+    assert_as_if_never_stopped(run, whole)
