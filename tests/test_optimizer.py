@@ -122,7 +122,6 @@ def test_a_restarted_schedule_keeps_adam_s_moments_and_count() -> None:
     assert schedule_count(state) == 3
     restarted = restart_schedule(state)
     assert schedule_count(restarted) == 0
-    assert jax.tree.structure(restarted) == jax.tree.structure(state)
     adam = [part for part in restarted if isinstance(part, optax.ScaleByAdamState)]
     was = [part for part in state if isinstance(part, optax.ScaleByAdamState)]
     assert adam[0].count == 3
