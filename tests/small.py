@@ -79,6 +79,16 @@ def _initial(**keys: Any) -> TrainState:
     return jax.device_get(steps(**keys).init(jax.random.key(0)))
 
 
+@functools.cache
+def weights(pe: str = "rotary") -> Any:
+    """Return weights sharp enough for attention and positions to matter, in NumPy arrays."""
+    sharp = jax.tree.map(lambda leaf: np.asarray(leaf) * 2, start().params)
+    shapes = steps(pe=pe).state.params
+    tables = {module: shapes[module] for module in set(shapes) - set(sharp)}
+    normal = np.random.default_rng(0).normal
+    return sharp | jax.tree.map(lambda leaf: np.float32(normal(size=leaf.shape)), tables)
+
+
 def tokens(*shape: int, seed: int = 0) -> np.ndarray:
     """Return random token ids of the small vocabulary."""
     return np.random.default_rng(seed).integers(0, KEYS["n_vocab"], shape, dtype=np.int32)

@@ -23,21 +23,11 @@ DRAWN = Sampling(temperature=1.2, top_k=40, top_p=0.95, seed=3)
 
 
 @functools.cache
-def weights(pe: str) -> Any:
-    """Return weights sharp enough for attention and positions to matter."""
-    sharp = jax.tree.map(lambda leaf: np.asarray(leaf) * 2, small.start().params)
-    shapes = small.steps(pe=pe).state.params
-    tables = {module: shapes[module] for module in set(shapes) - set(sharp)}
-    normal = np.random.default_rng(0).normal
-    return sharp | jax.tree.map(lambda leaf: np.float32(normal(size=leaf.shape)), tables)
-
-
-@functools.cache
 def host(dp: int = 1, mp: int = 1, zero_stage: int = 0, pe: str = "rotary") -> Worker:
-    """Return a worker that holds `weights`."""
+    """Return a worker that holds `small.weights`."""
     worker = small.worker(dp, mp, zero_stage=zero_stage, pe=pe)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, worker.steps.state)
-    params = jax.device_put(weights(pe), shardings.params)
+    params = jax.device_put(small.weights(pe), shardings.params)
     worker.state = TrainState(jax.device_put(jnp.int32(0), shardings.step), params, ())
     return worker
 
@@ -57,7 +47,7 @@ def test_greedy_decoding_equals_computing_every_token_anew(pe: str) -> None:
     apply = make_model(small.parsed(pe=pe).model).apply
     positions_BT = jnp.arange(sequences.shape[1])[None]
     logits_BTV, _ = jax.jit(apply, compiler_options=small.COMPILED_FAST)(
-        weights(pe), sequences, positions_BT
+        small.weights(pe), sequences, positions_BT
     )
     logprobs_BTV = jax.device_get(jax.nn.log_softmax(logits_BTV))
     for row, prompt in enumerate(PROMPTS):

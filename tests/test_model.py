@@ -205,10 +205,9 @@ def test_relative_positions_fall_into_t5_s_buckets() -> None:
 
 
 @functools.cache
-def outcome(pe: str, remat: str = "none", compute_dtype: str = "float32") -> Any:
-    """Return logits, and the gradient of a sum of them weighed at random, from one start."""
-    model = make_model(model_config(pe=pe, remat=remat, compute_dtype=compute_dtype))
-    params = jax.jit(model.init, compiler_options=small.COMPILED_FAST)(jax.random.key(0))
+def outcome(remat: str = "none", compute_dtype: str = "float32") -> Any:
+    """Return the gradient of the logits, weighed at random and summed, and the logits."""
+    model = make_model(model_config(remat=remat, compute_dtype=compute_dtype))
     tokens_BT = small.tokens(2, small.KEYS["seq"])
 
     def objective(params: Any) -> tuple[jax.Array, jax.Array]:
@@ -217,33 +216,35 @@ def outcome(pe: str, remat: str = "none", compute_dtype: str = "float32") -> Any
         return (logits_BTV * weights_BTV).sum(), logits_BTV
 
     both = jax.jit(jax.grad(objective, has_aux=True), compiler_options=small.COMPILED_FAST)
-    return jax.device_get(both(params))
+    return jax.device_get(both(small.weights()))
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_computing_anew_in_the_backward_pass_changes_nothing(remat: str) -> None:
-    (gradient, logits_BTV), (expected, expected_BTV) = outcome("rotary", remat), outcome("rotary")
+    (gradient, logits_BTV), (expected, expected_BTV) = outcome(remat), outcome()
     np.testing.assert_allclose(logits_BTV, expected_BTV, rtol=0, atol=1e-6)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     small.assert_close(gradient, expected, 1e-5 * largest)
 
 
 def test_bfloat16_logits_are_close_and_come_in_float32() -> None:
-    _, logits_BTV = outcome("rotary", compute_dtype="bfloat16")
-    _, expected_BTV = outcome("rotary")
+    _, logits_BTV = outcome(compute_dtype="bfloat16")
+    _, expected_BTV = outcome()
     assert logits_BTV.dtype == np.float32
-    np.testing.assert_allclose(logits_BTV, expected_BTV, rtol=0, atol=0.03 * expected_BTV.std())
+    error = (logits_BTV - expected_BTV).std() / expected_BTV.std()
+    assert 1e-4 < error < 0.02, "bfloat16 has 8 significant bits"
 
 
 @pytest.mark.parametrize("pe", POSITIONS)
 def test_a_token_sees_those_before_it_and_only_those(pe: str) -> None:
     model = make_model(model_config(pe=pe))
-    params = jax.jit(model.init, compiler_options=small.COMPILED_FAST)(jax.random.key(1))
     tokens_BT, changed = small.tokens(1, 12), 7
     other_BT = tokens_BT.copy()
     other_BT[0, changed] = (other_BT[0, changed] + 1) % small.KEYS["n_vocab"]
     apply = jax.jit(model.apply, compiler_options=small.COMPILED_FAST)
-    one, other = (apply(params, t, jnp.arange(12)[None])[0][0] for t in (tokens_BT, other_BT))
+    one, other = (
+        apply(small.weights(pe), t, jnp.arange(12)[None])[0][0] for t in (tokens_BT, other_BT)
+    )
     np.testing.assert_array_equal(one[:changed], other[:changed])
     assert (np.abs(one[changed:] - other[changed:]).max(-1) > 1e-4).all()
 
