@@ -62,10 +62,10 @@ class Run(NamedTuple):
         keys: dict[str, Any] = json.loads(self.config.read_text())
         return keys
 
-    def but(self, name: str, **keys: Any) -> Run:
-        """Another run on the same data, with other keys."""
-        root = self.root.with_name(name)
-        path = self.config.with_name(f"{name}.json")
+    def but(self, name: str, folder: Path | None = None, **keys: Any) -> Run:
+        """Another run on the same data, with other keys; beside this one or in another folder."""
+        root = (folder or self.root.parent) / name
+        path = root.with_suffix(".json")
         path.write_text(json.dumps(self.keys() | {"model_dir": str(root)} | keys))
         return Run(path, root, self.cache)
 

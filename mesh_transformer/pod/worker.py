@@ -208,17 +208,17 @@ class Worker:
         flat = self.config.to_flat()
         self._check_model(native.read_extra(folder)["config"], folder)
         _logger.info("tuning the weights of %s", folder)
+        wanted = self.steps.state
+        # Placed as training leaves it: otherwise the step would be compiled for each placing.
+        step = jnp.zeros((), wanted.step.dtype, device=wanted.step.sharding)
         if fresh_opt:
-            params = native.restore_params(folder, self.steps.state.params, config=flat)
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, self.steps.state.opt_state)
-            fresh = make_optimizer(self.config.optimizer).init
-            self.state = TrainState(
-                jnp.int32(0), params, jax.jit(fresh, out_shardings=shardings)(params)
-            )
+            params = native.restore_params(folder, wanted.params, config=flat)
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted.opt_state)
+            init = jax.jit(make_optimizer(self.config.optimizer).init, out_shardings=shardings)
+            self.state = TrainState(step, params, init(params))
         else:
-            state, _ = native.restore(folder, self.steps.state, config=flat)
-            opt_state = restart_schedule(state.opt_state)
-            self.state = TrainState(jnp.zeros_like(state.step), state.params, opt_state)
+            state, _ = native.restore(folder, wanted, config=flat)
+            self.state = TrainState(step, state.params, restart_schedule(state.opt_state))
 
     def load_weights(self, path: str) -> None:
         """Take the weights of a run or step folder, to evaluate and sample with; no optimizer.
