@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pytest
 
 import create_finetune_tfrecords
 from mesh_transformer import config, metrics_file
 from mesh_transformer.checkpoints import native
+from mesh_transformer.errors import run_command
+from mesh_transformer.pod import worker
 from mesh_transformer.pod.worker import Worker
+from mesh_transformer.training.steps import make_steps
 
 ROOT = Path(__file__).parent.parent
 SEQ = 16
@@ -43,6 +50,20 @@ KEYS: dict[str, Any] = {
     "keep_n": 2,
     "name": "tiny",
 }
+
+
+class Ended(NamedTuple):
+    """How a command ended.
+
+    Attributes:
+        status: Its exit status.
+        output: What it wrote to standard output.
+        told: What it wrote to standard error.
+    """
+
+    status: int
+    output: str
+    told: str
 
 
 class Run(NamedTuple):
@@ -143,8 +164,37 @@ def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> 
     return True
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Wait for a process; its status, and what it wrote to standard output and standard error."""
+def ended(process: subprocess.Popen[str]) -> Ended:
+    """Wait for a process."""
     with process:
-        output, errors = process.communicate()
-    return process.returncode, output, errors
+        output, told = process.communicate()
+    return Ended(process.returncode, output, told)
+
+
+def called(
+    capsys: pytest.CaptureFixture[str], main: Callable[[], int], *arguments: str, **options: str
+) -> Ended:
+    """Run the main function of a script in this process, as the script would in its own."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        patch.setattr(sys, "argv", ["script.py", *arguments])
+        patch.setattr(warnings, "formatwarning", warnings.formatwarning)
+        patch.setattr(logging.root, "handlers", logging.root.handlers[:])
+        run_command(main, **options)
+    code, (output, told) = exit_.value.code, capsys.readouterr()
+    if isinstance(code, str):  # printed to standard error when a process ends by it
+        return Ended(1, output, f"{told}{code}\n")
+    return Ended(code or 0, output, told)
+
+
+@contextlib.contextmanager
+def compiled_once() -> Iterator[None]:
+    """Let all runs of one model in this process share compiled steps."""
+    made: dict[Any, Any] = {}
+
+    def shared(config: config.Config, mesh: jax.sharding.Mesh) -> Any:
+        key = (config.model, config.mesh, config.optimizer, config.batch, mesh)
+        return made.setdefault(key, make_steps(config, mesh))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "make_steps", shared)
+        yield

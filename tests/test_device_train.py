@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import runs
-from runs import Run
+from runs import Ended, Run
 
 import device_train
-from mesh_transformer.errors import run_command
-from mesh_transformer.pod import worker
 from mesh_transformer.pod.worker import Worker
-from mesh_transformer.training.steps import make_steps
 
 # All eight devices of the tests, as one process has but one set of them.
 KEYS = {
@@ -33,45 +28,23 @@ KEYS = {
 }
 
 
-class Ended(NamedTuple):
-    """How a command ended; `told` is what went to standard error."""
-
-    status: int
-    output: str
-    told: str
-
-
 Command = Callable[..., Ended]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_once() -> Iterator[None]:
-    """Let runs of one model share compiled steps."""
-    made: dict[Any, Any] = {}
-
-    def shared(config: Any, mesh: Any) -> Any:
-        key = (config.model, config.mesh, config.optimizer, config.batch)
-        return made.setdefault(key, make_steps(config, mesh))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "make_steps", shared)
+    with runs.compiled_once():
         yield
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Train in this process, as the script would in its own."""
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    monkeypatch.setattr(logging.root, "handlers", logging.root.handlers[:])
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Train in this process."""
 
     def trained(run: Run, *flags: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["device_train.py", "--config", str(run.config), *flags])
-        with pytest.raises(SystemExit) as exit_:
-            run_command(device_train.main, when_interrupted=device_train.GO_ON)
-        code, (output, told) = exit_.value.code, capsys.readouterr()
-        if isinstance(code, str):
-            return Ended(1, output, told + code)
-        return Ended(code or 0, output, told)
+        arguments = ("--config", str(run.config), *flags)
+        go_on = device_train.GO_ON
+        return runs.called(capsys, device_train.main, *arguments, when_interrupted=go_on)
 
     return trained
 
