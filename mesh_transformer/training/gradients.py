@@ -158,7 +158,10 @@ def _on_one_replica(
 
     n_units = n_steps if stage >= SPREAD else n_steps * n_replicas
     start = (jax.tree.map(zeros, receivers, dims), jnp.float32(0))
-    (total, squares), losses = jax.lax.scan(microbatch, start, (tokens_ABT1, mask_ABT))
+    if n_steps > 1:
+        (total, squares), losses = jax.lax.scan(microbatch, start, (tokens_ABT1, mask_ABT))
+    else:  # In a loop of one round all is invariant: TPU compilers hoist it, and run it twice.
+        (total, squares), losses = microbatch(start, (tokens_ABT1[0], mask_ABT[0]))
     nll, last_loss = (jax.lax.psum(loss_A.sum(), "dp") for loss_A in losses)
     micro_norm = jnp.sqrt(jax.lax.psum(squares, "dp") * n_units) if n_units > 1 else None
     mean = jax.tree.map(functools.partial(_sum_between_replicas, stage), total, dims)
