@@ -19,6 +19,7 @@ from mesh_transformer.model.layers import (
     Norm,
     RelativePositions,
     Unembed,
+    logits,
     rotary_angles,
 )
 from mesh_transformer.model.loss import TokenLoss, next_token_loss
@@ -80,14 +81,15 @@ class Decoder(hk.Module):
         x_BTD = Norm(cfg, name="final_norm")(x_BTD)
         if read_B1 is not None:
             x_BTD = jnp.take_along_axis(x_BTD, read_B1[..., None], axis=1)
-        unembed = Unembed(cfg, name="unembed")
+        # Read outside what backward recomputes: a spread head is then gathered once.
+        head = Unembed(cfg, name="unembed")()
         if targets_BT is None:
-            return unembed(x_BTD), cache
+            return logits(x_BTD, *head), cache
 
-        def loss(x_BTD: jax.Array, targets_BT: jax.Array) -> TokenLoss:
-            return next_token_loss(unembed(x_BTD), targets_BT)
+        def loss(x_BTD: jax.Array, targets_BT: jax.Array, *head: jax.Array) -> TokenLoss:
+            return next_token_loss(logits(x_BTD, *head), targets_BT)
 
-        return kept_for_backward(loss, cfg.remat)(x_BTD, targets_BT), cache
+        return kept_for_backward(loss, cfg.remat)(x_BTD, targets_BT, *head), cache
 
 
 class Model(NamedTuple):

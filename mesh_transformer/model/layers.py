@@ -221,15 +221,19 @@ class RelativePositions(hk.Module):
 
 @dataclasses.dataclass
 class Unembed(hk.Module):
-    """The untied head `[D, V]` with bias: float32 logits, split over `mp` by V."""
+    """The untied head `[D, V]` and its bias, split over `mp` by V; `logits` applies them."""
 
     config: ModelConfig
     name: str | None = None
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
         cfg = self.config
         init = hk.initializers.TruncatedNormal(stddev=cfg.d_model**-0.5)
         w_DV = hk.get_parameter("w", [cfg.d_model, cfg.n_vocab], init=init)
-        b_V = hk.get_parameter("b", [cfg.n_vocab], init=jnp.zeros)
-        (logits_BTV,) = columns(x_BTD, (w_DV, "DV"), dtype=jnp.float32)
-        return shard(logits_BTV + b_V.astype(jnp.float32), "BTV")
+        return w_DV, hk.get_parameter("b", [cfg.n_vocab], init=jnp.zeros)
+
+
+def logits(x_BTD: jax.Array, w_DV: jax.Array, b_V: jax.Array) -> jax.Array:
+    """Return float32 logits, split over `mp` by V."""
+    (logits_BTV,) = columns(x_BTD, (w_DV, "DV"), dtype=jnp.float32)
+    return shard(logits_BTV + b_V.astype(jnp.float32), "BTV")
