@@ -10,6 +10,7 @@ is kept too. Ctrl-C and SIGTERM save a checkpoint first.
 from __future__ import annotations
 
 import argparse
+import sys
 
 from mesh_transformer import config
 from mesh_transformer.errors import run_command
@@ -56,8 +57,8 @@ def main() -> int:
         print(f"Stopped at step {done.step}, which is saved. {GO_ON}")
         return 128 + done.stopped_by
     print(f"Trained to step {done.step}. Checkpoints and metrics.jsonl are in {root}")
-    print(f"  to see the loss:  python -m mesh_transformer.plot {root}")
-    print(f"  to sample text:   python device_sample.py --config {args.config}")
+    print(f"  to see the loss:  {sys.executable} -m mesh_transformer.plot {root}")
+    print(f"  to sample text:   {sys.executable} device_sample.py --config {args.config}")
     return 0
 
 

@@ -36,6 +36,8 @@ def run_command(main: Callable[[], int], *, when_interrupted: str = "") -> NoRet
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # waiting for threads can be interrupted too
+        if sys.stdout.isatty():
+            sys.stdout.write("\x1b[?25h")  # shows the cursor, which a progress bar hides
         sys.stderr.write(f"\nStopped. {when_interrupted}".rstrip() + "\n")
         status = 128 + signal.SIGINT
     sys.exit(status)

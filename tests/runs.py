@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import os
@@ -140,7 +141,7 @@ def make(folder: Path, **keys: Any) -> Run:
     """Make data by the command for it, from text that every machine has, and a configuration."""
     for name, module in (("train", json.decoder), ("val", json.encoder)):
         text = folder / f"{name}.txt"
-        text.write_text(Path(module.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+        text.write_text(inspect.getsource(module), encoding="utf-8")
         create_finetune_tfrecords.main(
             [
                 *(str(text), name, "--output-dir", str(folder)),

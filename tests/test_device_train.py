@@ -101,8 +101,8 @@ def test_a_run_says_what_it_trains_on_what_and_what_to_do_with_it(
     assert last.startswith("step 10  v: loss ") and last.endswith(" bits/byte")
     assert ended.output.splitlines()[-3:] == [
         f"Trained to step 10. Checkpoints and metrics.jsonl are in {run.root}",
-        f"  to see the loss:  python -m mesh_transformer.plot {run.root}",
-        f"  to sample text:   python device_sample.py --config {run.config}",
+        f"  to see the loss:  {sys.executable} -m mesh_transformer.plot {run.root}",
+        f"  to sample text:   {sys.executable} device_sample.py --config {run.config}",
     ]
     assert run.steps() == [5, 10]
     assert run.log() == trained.log()

@@ -49,6 +49,7 @@ class Fake:
 
     def evaluate(self, tokens_BT1: np.ndarray, mask_BT: np.ndarray | None = None) -> Evaluation:
         self.does("evaluate", self.step, len(tokens_BT1))
+        assert mask_BT is not None
         loss_BT = tokens_BT1[:, 1:].astype(np.float32) / 8
         return Evaluation(loss_BT * mask_BT, (tokens_BT1[:, 1:] % 2 == 0) & mask_BT)
 
@@ -300,7 +301,7 @@ def test_a_second_ctrl_c_interrupts_at_once() -> None:
     assert session.events[-1][:2] == ("train", 3)
 
 
-def test_a_second_sigterm_acts_as_it_did_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_sigterm_acts_as_it_did_before_training() -> None:
     acted = []
     before = signal.signal(signal.SIGTERM, lambda number, _: acted.append(number))
     session = Fake()

@@ -119,6 +119,24 @@ def test_token_ids_of_any_integer_type_are_the_same() -> None:
     assert_equal(losses[1:], [losses[0]] * 2)
 
 
+def test_memory_that_is_too_small_is_told_with_what_to_change() -> None:
+    def raising(message: str) -> Any:
+        def train(*_: object) -> None:
+            raise jax.errors.JaxRuntimeError(message)
+
+        return train
+
+    worker = Worker(small.parsed(), jax.devices()[:1])
+    worker.state = small.start()
+    for message, error, told in [
+        ("RESOURCE_EXHAUSTED: 9 GiB", UserError, "lower per_replica_batch .*EXHAUSTED: 9 GiB"),
+        ("INTERNAL: cuDNN", jax.errors.JaxRuntimeError, "INTERNAL: cuDNN"),
+    ]:
+        worker.steps = small.steps()._replace(train=raising(message))
+        with pytest.raises(error, match=told):
+            worker.train(small.tokens(1, 1, 9))
+
+
 # Saving and going on
 
 
@@ -225,7 +243,7 @@ def test_how_a_model_is_computed_and_trained_may_change_and_changes_are_told(
 ) -> None:
     _, root = run
     caplog.set_level("INFO", "mesh_transformer.pod.worker")
-    keys = {"lr": 0.02, "total_steps": 300, "remat": "none", "z_loss": 0.0}
+    keys: dict[str, Any] = {"lr": 0.02, "total_steps": 300, "remat": "none", "z_loss": 0.0}
     other, checkpoints = on_disk(root, **keys)
     with checkpoints:
         assert other.restore() is not None

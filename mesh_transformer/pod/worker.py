@@ -5,6 +5,7 @@ It implements the session protocol, so whatever drives a session can drive it, h
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,12 +88,14 @@ class Worker:
         Raises:
             ValueError: The tokens or the mask are of another shape than the letters say, longer
                 than `seq`, not a multiple of the replicas, or outside the vocabulary.
+            UserError: The devices' memory is too small.
         """
         self._check_tokens("ABT1", tokens_ABT1, mask_ABT, self.mesh.shape["dp"])
         tokens = self._on_mesh(tokens_ABT1.astype(np.int32), "ABT")
         mask = None if mask_ABT is None else self._on_mesh(mask_ABT.astype(np.float32), "ABT")
         state, self._copies = self.state, None  # the copies' memory is free for the step
-        self.state, metrics = self.steps.train(state, tokens, mask)
+        with _advice_when_full():
+            self.state, metrics = self.steps.train(state, tokens, mask)
         return metrics
 
     def evaluate(self, tokens_BT1: np.ndarray, mask_BT: np.ndarray | None = None) -> Evaluation:
@@ -345,6 +348,21 @@ class Worker:
         while bucket < n_positions:
             bucket *= 2
         return min(bucket, self.config.model.seq)
+
+
+@contextlib.contextmanager
+def _advice_when_full() -> Iterator[None]:
+    """Say what to change where the devices' memory is too small; JAX says only by how much."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            "the memory of the devices is too small for a step: lower per_replica_batch (and raise "
+            "gradient_accumulation_steps to make up for it) or seq, set remat to full, or raise "
+            f"cores_per_replica or zero_stage. {str(error).splitlines()[0]}"
+        ) from error
 
 
 def located(path: str) -> str:
