@@ -94,6 +94,16 @@ def test_the_seed_decides_what_is_drawn() -> None:
     assert repeated[0] != repeated[1], "one prompt given twice is drawn for twice"
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+def test_streamed_pieces_are_what_is_generated_at_once(sampling: Sampling) -> None:
+    whole = generate(host(), PROMPTS, sampling)
+    pieces = list(host().stream(PROMPTS, sampling, N_NEW, every=3))
+    assert [len(piece.tokens[0]) for piece in pieces] == [3, 3, 1]
+    for row in range(len(PROMPTS)):
+        assert sum((piece.tokens[row] for piece in pieces), []) == whole.tokens[row]
+        assert sum((piece.logprobs[row] for piece in pieces), []) == whole.logprobs[row]
+
+
 def test_a_stop_token_ends_its_own_sequence_and_is_left_out() -> None:
     tokens, logprobs = generate(host(), PROMPTS)
     stop_ids = (tokens[0][2], tokens[1][4])

@@ -98,7 +98,8 @@ def test_parameters_without_a_row_or_with_another_rank_are_all_named() -> None:
 
 def test_initial_values_are_the_original_s() -> None:
     model = model_config(pe="t5", layers=4, d_model=64, n_vocab=512)
-    params = jax.device_get(jax.jit(make_model(model).init)(jax.random.key(0)))
+    init = jax.jit(make_model(model).init, compiler_options=small.COMPILED_FAST)
+    params = jax.device_get(init(jax.random.key(0)))
     d_model, truncated = model.d_model, 0.87962566  # of a normal distribution cut at two deviations
     write, read = 2 / model.layers / math.sqrt(d_model), 1 / math.sqrt(d_model)
     layer = "decoder/layers/block/"

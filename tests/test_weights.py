@@ -66,7 +66,7 @@ def test_gradients_come_in_the_dtype_of_their_receiver(dtype: Any) -> None:
         return (y.astype(jnp.float32) + b).sum()
 
     params = {"~": {"w": weight(W, "DH", dtype), "b": weight(B, "D", jnp.float32)}}
-    gradient = jax.grad(objective, allow_int=True)(params)["~"]
+    gradient = jax.grad(objective)(params)["~"]
     assert gradient["w"].gradient.dtype == dtype
     np.testing.assert_array_equal(gradient["w"].gradient, np.tile(x.sum(0)[:, None], 3))
     np.testing.assert_array_equal(gradient["b"].gradient, np.full(3, 2.0))
