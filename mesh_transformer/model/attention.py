@@ -47,12 +47,21 @@ class Cache(NamedTuple):
 
     def append(self, k_BTHK: jax.Array, v_BTHK: jax.Array, positions_BT: jax.Array) -> Cache:
         """Write this layer's keys and values of the given tokens into their slots."""
-        rows_B1 = jnp.arange(k_BTHK.shape[0])[:, None]
-        at = (self.layer, rows_B1, jnp.broadcast_to(positions_BT, k_BTHK.shape[:2]))
-        return self._replace(
-            k_LBSHK=self.k_LBSHK.at[at].set(k_BTHK, mode="drop"),
-            v_LBSHK=self.v_LBSHK.at[at].set(v_BTHK, mode="drop"),
+        slots_BT = jnp.broadcast_to(positions_BT, k_BTHK.shape[:2])
+        at_BT2 = jnp.stack((jnp.full_like(slots_BT, self.layer), slots_BT), axis=-1)
+        # B as a batch of the scatter, not an index: so it stays spread over `dp`.
+        dims = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(2, 3),
+            inserted_window_dims=(0, 2),
+            scatter_dims_to_operand_dims=(0, 2),
+            operand_batching_dims=(1,),
+            scatter_indices_batching_dims=(0,),
         )
+        k_LBSHK, v_LBSHK = (
+            jax.lax.scatter(stack, at_BT2, new_BTHK, dims, mode="drop")
+            for stack, new_BTHK in ((self.k_LBSHK, k_BTHK), (self.v_LBSHK, v_BTHK))
+        )
+        return Cache(k_LBSHK, v_LBSHK, self.layer)
 
     def keys_and_values(self) -> tuple[jax.Array, jax.Array]:
         """Return this layer's keys and values, `BSHK` each."""

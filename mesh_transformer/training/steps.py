@@ -273,8 +273,10 @@ def decode(
         i, now = carry
         fed_B1 = now.tokens_BS[rows_B, now.position_B][:, None]
         logits_BTV, cache = model.apply(weights, fed_B1, now.position_B[:, None], now.cache)
+        # The draw looks at whole rows, several times: gather them once.
+        logits_BV = jax.lax.with_sharding_constraint(logits_BTV[:, 0], PartitionSpec("dp"))
         next_B = now.position_B + 1
-        token_B, logprob_B = choose(logits_BTV[:, 0], choice, next_B, config.model.n_tokens)
+        token_B, logprob_B = choose(logits_BV, choice, next_B, config.model.n_tokens)
         done_B = now.done_B | (token_B[:, None] == stop_ids).any(-1)
         write_B = jnp.where(done_B, now.tokens_BS.shape[1], next_B)  # out of range: dropped
         position_B = jnp.where(done_B, now.position_B, next_B)
