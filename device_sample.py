@@ -53,7 +53,7 @@ def main() -> int:
     text.check_length(args.max_new_tokens, run.model.seq)
     tokens = tokenizer.load(run.data.tokenizer)
     sampling = dataclasses.replace(sampling, stop_ids=(tokens.eot_id,))
-    run, devices = one_replica(run)
+    run, devices = one_replica(text.for_tokenizer(run, tokens))
     worker = Worker(run, devices)
     worker.load_weights(args.model or run.checkpoint.root)
     length = {"max_new_tokens": args.max_new_tokens, "seq": run.model.seq}

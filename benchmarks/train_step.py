@@ -65,7 +65,7 @@ def measure(run: config.Config, n_steps: int, n_warm_up: int) -> dict[str, Any]:
         "tokens_per_second": round(tokens_per_second, 1),
         "step_ms": round(step_seconds * 1e3, 2),
         "step_ms_min": round(min(seconds[n_warm_up:]) * 1e3, 2),
-        "mfu": None if peak is None else round(tokens_per_second * flops / (n * peak), 4),
+        "mfu": throughput.mfu(tokens_per_second, flops, None if peak is None else n * peak),
         "peak_memory_gib": round(peak_memory_bytes(devices[0]) / 2**30, 3),
         "compile_seconds": round(compile_seconds, 1),
         "loss": loss,

@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mesh_transformer import storage
+from mesh_transformer.errors import UserError
 
 NAME = "metrics.jsonl"
 TIMING = ("train/step_seconds", "train/tokens_per_sec", "train/mfu")
@@ -40,7 +41,7 @@ def read(path: str) -> list[Line]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A line before the last is not a JSON object.
+        UserError: A line before the last is not a line of metrics.
     """
     if not path.endswith(".jsonl"):
         path = storage.join(path, NAME)
@@ -49,10 +50,14 @@ def read(path: str) -> list[Line]:
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
+            int(line["step"])
             lines.append({key: _number(value) for key, value in line.items()})
-        except (json.JSONDecodeError, AttributeError) as error:
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
             if number < len(texts):
-                raise ValueError(f"{path}: line {number} is not a JSON object: {text}") from error
+                raise UserError(
+                    f"{path}: line {number} is not a line of metrics: {text!r}; take it out, or "
+                    "move the file away to begin another"
+                ) from error
     return lines
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mesh_transformer import metrics_file, storage
-from mesh_transformer.errors import UserError
+from mesh_transformer.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -179,8 +178,8 @@ def _run_name(source: str) -> str:
     return os.path.basename(os.path.abspath(folder))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; it exits with status 1 and one sentence if there is nothing to plot."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m mesh_transformer.plot",
         description="Draw training loss, validation losses and learning rate of a run.",
@@ -191,11 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--title", help="default: names the run's folder")
     given = parser.parse_args(arguments)
-    try:
-        plot(given.source, given.output, given.title)
-    except ValueError as error:
-        sys.exit(str(error))
+    plot(given.source, given.output, given.title)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -7,6 +7,7 @@ Arrays that cross this border are NumPy arrays of token ids and scalars; weights
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -54,12 +55,16 @@ class Sampling:
 
     def __post_init__(self) -> None:
         problems = []
-        if not self.temperature >= 0:
-            problems.append(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if not 0 <= self.temperature < math.inf:
+            problems.append(
+                f"temperature is {self.temperature}; it must be 0 (greedy) or more, and finite"
+            )
         if self.top_k < 0:
             problems.append(f"top_k is {self.top_k}; it must be 0 (off) or more")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p is {self.top_p}; it must be above 0 and at most 1 (off)")
+        if not 0 <= self.seed < 2**32:
+            problems.append(f"seed is {self.seed}; it must be from 0 to {2**32 - 1}")
         if problems:
             raise ValueError("; ".join(problems))
 

@@ -1,4 +1,4 @@
-"""A local HTTP server that speaks as much of the S3 and Google Cloud Storage APIs as storage uses."""
+"""A local HTTP server that speaks as much of the S3 and GCS APIs as storage uses."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mesh_transformer import trackers
+
+GOOGLE_OBJECT = r"/(?:upload/|download/)?storage/v1/b/bucket/o(?:/(.+))?"
 
 
 class FakeBuckets(http.server.ThreadingHTTPServer):
@@ -63,7 +65,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path = urllib.parse.unquote(url.path)
         if self.server.refuses:
             self._answer(403, b"")
-        elif google := re.fullmatch(r"/(?:upload/|download/)?storage/v1/b/bucket/o(?:/(.+))?", path):
+        elif google := re.fullmatch(GOOGLE_OBJECT, path):
             self._google(google[1])
         elif s3 := re.fullmatch(r"/bucket(?:/(.*))?", path):
             self._s3(s3[1] or "")

@@ -269,7 +269,7 @@ BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @BOTH
 @pytest.mark.parametrize("step", [1, 5, 7])
 def test_a_signal_ends_training_with_a_checkpoint_of_the_step_under_way(
-    number: signal.Signals, step: int, caplog: pytest.LogCaptureFixture
+    number: signal.Signals, step: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     session = Fake()
     session.during = {("train", step): send(number)}
@@ -277,7 +277,7 @@ def test_a_signal_ends_training_with_a_checkpoint_of_the_step_under_way(
     assert session.events[-1] == ("save", step, step * PER_STEP)
     assert session.named("save").count(("save", step)) == 1
     assert [line["step"] for line in lines()] == list(range(1, step + 1))
-    assert f"{number.name}: stopping once a checkpoint is saved" in caplog.text
+    assert f"{number.name}: stopping once a checkpoint is saved" in capfd.readouterr().err
 
 
 def test_a_signal_while_saving_ends_training_there() -> None:

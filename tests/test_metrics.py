@@ -255,7 +255,7 @@ def test_leaving_the_log_by_any_error_closes_everything_once(
 def test_a_log_that_cannot_open_closes_the_trackers_it_was_given(tmp_path: pathlib.Path) -> None:
     (tmp_path / metrics_file.NAME).write_text("not JSON\n{}\n")
     sink = Screen()
-    with pytest.raises(ValueError, match="line 1 is not a JSON object"):
+    with pytest.raises(ValueError, match="line 1 is not a line of metrics"):
         MetricsLog(str(tmp_path), total_steps=TOTAL, batch=SPLIT, step=1, sinks=[sink])
     assert sink.closed == 1
 

@@ -61,7 +61,7 @@ def test_a_last_line_that_was_cut_off_is_left_out(path: str, torn: bytes) -> Non
 def test_a_damaged_line_before_the_last_is_an_error_that_names_it(path: str) -> None:
     storage.write_text_atomically(path, '{"step": 1}\n{"step": 2, \n{"step": 3}\n')
     with pytest.raises(
-        ValueError, match=r'metrics\.jsonl: line 2 is not a JSON object: {"step": 2'
+        ValueError, match=r'metrics\.jsonl: line 2 is not a line of metrics: .{"step": 2'
     ):
         metrics_file.read(path)
 

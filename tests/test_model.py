@@ -220,6 +220,22 @@ def outcome(remat: str = "none", compute_dtype: str = "float32") -> Any:
     return jax.device_get(both(small.weights()))
 
 
+def test_each_kind_of_rematerialisation_computes_less_anew_than_the_one_before() -> None:
+    tokens_BT, positions_BT = small.tokens(1, 8), jnp.arange(8)[None]
+
+    def products(remat: str) -> int:
+        model = make_model(model_config(remat=remat))
+
+        def objective(params: Any) -> jax.Array:
+            return model.apply(params, tokens_BT, positions_BT, targets_BT=tokens_BT)[
+                0
+            ].loss_BT.sum()
+
+        return str(jax.make_jaxpr(jax.grad(objective))(small.weights())).count("dot_general")
+
+    assert products("none") < products("dots") < products("full")
+
+
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_computing_anew_in_the_backward_pass_changes_nothing(remat: str) -> None:
     (gradient, logits_BTV), (expected, expected_BTV) = outcome(remat), outcome()
@@ -252,15 +268,22 @@ def test_a_token_sees_those_before_it_and_only_those(pe: str) -> None:
 
 def device(platform: str, kind: str) -> Any:
     """Return what the choice of an attention looks at."""
-    return types.SimpleNamespace(platform=platform, device_kind=kind)
+    capability = {"NVIDIA H100": "9.0", "NVIDIA A100": "8.0", "Tesla T4": "7.5"}.get(kind, "gfx90a")
+    return types.SimpleNamespace(platform=platform, device_kind=kind, compute_capability=capability)
 
 
 @pytest.mark.parametrize(
     ("platform", "kind", "keys", "expected"),
     [
         ("cpu", "cpu", {}, "xla"),
-        ("gpu", "NVIDIA H100", {"d_head": 64}, "cudnn"),
-        ("gpu", "NVIDIA H100", {"d_head": 64, "compute_dtype": "float32"}, "xla"),
+        ("gpu", "NVIDIA H100", {"d_head": 256, "seq": 256}, "cudnn"),
+        ("gpu", "NVIDIA H100", {"d_head": 64, "seq": 256, "compute_dtype": "float32"}, "xla"),
+        ("gpu", "NVIDIA H100", {"d_head": 64, "seq": 200}, "xla"),
+        ("gpu", "NVIDIA H100", {"d_head": 64, "seq": 256, "pe": "t5"}, "xla"),
+        ("gpu", "NVIDIA A100", {"d_head": 128, "seq": 256}, "cudnn"),
+        ("gpu", "NVIDIA A100", {"d_head": 256, "seq": 256}, "xla"),
+        ("gpu", "Tesla T4", {"d_head": 64, "seq": 256}, "xla"),
+        ("gpu", "AMD Instinct MI250X", {"d_head": 64, "seq": 256}, "xla"),
         ("tpu", "TPU v3", {"d_head": 128, "seq": 256}, "xla"),
         ("tpu", "TPU v4", {"d_head": 128, "seq": 256}, "splash"),
         ("tpu", "TPU v5 lite", {"d_head": 128, "seq": 200}, "xla"),

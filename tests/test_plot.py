@@ -7,6 +7,7 @@ import pytest
 from matplotlib.lines import Line2D
 
 from mesh_transformer import metrics_file, plot, storage
+from mesh_transformer.errors import UserError
 
 
 def step_line(step: int, loss: float = 2.0) -> metrics_file.Line:
@@ -95,15 +96,14 @@ def test_smoothing_leaves_out_what_is_not_finite() -> None:
 @pytest.mark.parametrize(
     ("lines", "message"), [(None, "there is no metrics.jsonl"), ([], "no optimizer step in it")]
 )
-def test_nothing_to_plot_is_one_sentence_and_a_failing_exit(
+def test_nothing_to_plot_is_the_users_error(
     tmp_path: pathlib.Path, lines: list[metrics_file.Line] | None, message: str
 ) -> None:
     if lines is not None:
         _write(tmp_path, lines)
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(UserError, match=message) as found:
         plot.main([str(tmp_path), "--output", str(tmp_path / "loss.png")])
-    assert message in str(exit.value.code)
-    assert str(tmp_path) in str(exit.value.code)
+    assert str(tmp_path) in str(found.value)
     assert not (tmp_path / "loss.png").exists()
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 
+import configurations
 import pytest
 
+from mesh_transformer import config
 from mesh_transformer.data.tokenizer import Bytes
 from mesh_transformer.errors import UserError
 from mesh_transformer.serving import text
@@ -91,3 +93,9 @@ def test_every_line_is_a_prompt_and_only_a_terminal_is_asked(
     monkeypatch.setattr("sys.stdin", stdin("def f\n\n"))
     assert list(text.asked_prompts()) == ["def f", ""]
     assert capsys.readouterr().out == asked
+
+
+def test_ids_that_the_tokenizer_lacks_are_left_out_of_sampling() -> None:
+    run = config.parse(configurations.MINIMAL | {"n_vocab": 512, "tokenizer": "some/folder"})
+    assert run.model.n_tokens == 512
+    assert text.for_tokenizer(run, Bytes()).model.n_tokens == 257

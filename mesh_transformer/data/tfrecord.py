@@ -237,10 +237,15 @@ def _check(
     wrong = np.flatnonzero(lengths != length)
     if len(wrong):
         file, record = places[wrong[0]]
+        found = lengths[wrong[0]]
+        remedy = (
+            f"set seq to {found - 1}, or make the data set again with --seq {length - 1}"
+            if found > 2
+            else "the file was made for something else; make the data set again"
+        )
         raise DataError(
-            f"{files[file].path}: record {record} holds {lengths[wrong[0]]} tokens in its feature "
-            f'"text"; seq {length - 1} needs {length}: set seq to {lengths[wrong[0]] - 1}, or make '
-            f"the file with --seq {length - 1}"
+            f"{files[file].path}: record {record} holds {found} tokens in its feature "
+            f'"text"; seq {length - 1} needs {length}: {remedy}'
         )
     if tokens.min() < 0 or tokens.max() >= n_vocab:
         row, column = np.argwhere((tokens < 0) | (tokens >= n_vocab))[0]

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.errors import UserError
 from mesh_transformer.sharding import over_mp, shard
 
 Implementation = Literal["xla", "cudnn", "splash"]
@@ -133,34 +134,51 @@ def implementation_for(config: ModelConfig, device: jax.Device) -> Implementatio
     """Return the attention implementation that runs this model on this kind of device.
 
     Raises:
-        ValueError: The configuration forces one that cannot run there; every reason is named.
+        UserError: The configuration forces one that cannot run there; every reason is named.
     """
+    has_bias = (config.pe == "t5", "it takes no bias, which pe t5 adds")
+    whole = (config.seq % 128 != 0, f"it needs seq a multiple of 128, seq is {config.seq}")
     is_v4_or_newer = not any(old in device.device_kind for old in ("v2", "v3"))
+    widest = _widest_cudnn_head(device)
     obstacles: dict[Implementation, list[tuple[bool, str]]] = {
         "xla": [],
         "cudnn": [
-            (device.platform != "gpu", f"it needs an NVIDIA GPU, this is {device.device_kind}"),
+            (widest == 0, f"it needs an NVIDIA GPU from Ampere on, this is {device.device_kind}"),
             (config.compute_dtype != "bfloat16", 'it needs "compute_dtype": "bfloat16"'),
             (
-                config.d_head % 8 != 0 or config.d_head > 256,
-                "it needs d_head a multiple of 8, <= 256",
+                config.d_head % 8 != 0 or config.d_head > (widest or 256),
+                f"it needs d_head a multiple of 8 up to {widest or 256}, it is {config.d_head}",
             ),
+            whole,
+            has_bias,
         ],
         "splash": [
             (
                 device.platform != "tpu" or not is_v4_or_newer,
                 f"it needs a TPU v4 or newer, this is {device.device_kind}",
             ),
-            (config.seq % 128 != 0, f"it needs seq a multiple of 128, seq is {config.seq}"),
+            whole,
             (config.d_head % 128 != 0, f"it needs d_head a multiple of 128, it is {config.d_head}"),
+            has_bias,
         ],
     }
     reasons = {name: [why for no, why in found if no] for name, found in obstacles.items()}
     if config.attention == "auto":
         return next(name for name in ("cudnn", "splash", "xla") if not reasons[name])
     if why := reasons[config.attention]:
-        raise ValueError(
+        raise UserError(
             f'"attention": "{config.attention}" cannot be used: {"; ".join(why)}; '
             'set "attention" to "auto" or "xla"'
         )
     return config.attention
+
+
+def _widest_cudnn_head(device: jax.Device) -> int:
+    """Return the largest `d_head` that cuDNN's attention takes on a device; 0 if it has none.
+
+    As jax.nn.dot_product_attention checks it: 128, and 256 from Hopper on.
+    """
+    generation = str(getattr(device, "compute_capability", "")).partition(".")[0]
+    if device.platform != "gpu" or not generation.isdecimal() or int(generation) < 8:
+        return 0
+    return 256 if int(generation) >= 9 else 128

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.attention import Cache, Positions
 from mesh_transformer.model.layers import (
+    PRODUCT,
     Block,
     Embed,
     LearnedPositions,
@@ -128,11 +129,11 @@ def empty_cache(config: ModelConfig, n_sequences: int, n_slots: int) -> Cache:
 
 
 def kept_for_backward(part: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """Let a part of the model keep for its backward pass only its input, its products, or all."""
+    """Let a part of the model keep for its backward pass its input, its products too, or all."""
     if remat == "none":
         return part
     policies = {
         "full": None,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     }
     return hk.remat(part, policy=policies[remat])

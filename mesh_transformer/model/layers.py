@@ -13,10 +13,14 @@ import math
 import haiku as hk
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.attention import Cache, Positions, attention
 from mesh_transformer.sharding import columns, lookup, rows, shard
+
+PRODUCT = "product"
+"""Names, for rematerialisation, what is dear to compute again: products and attention."""
 
 ROTARY_BASE = 10_000.0
 T5_BUCKETS = 32
@@ -100,10 +104,12 @@ class Block(hk.Module):
             ff_out = Matrix(cfg.d_ff, cfg.d_model, write_stddev, name="out")
 
         y_BTD = Norm(cfg, name="norm")(x_BTD)
-        q_BTH, k_BTH, v_BTH, h_BTF = columns(
-            y_BTD, (q(), "DH"), (k(), "DH"), (v(), "DH"), (ff_in(), "DF")
+        q_BTH, k_BTH, v_BTH, h_BTF = (
+            checkpoint_name(product, PRODUCT)
+            for product in columns(y_BTD, (q(), "DH"), (k(), "DH"), (v(), "DH"), (ff_in(), "DF"))
         )
         a_BTH, cache = attend(q_BTH, k_BTH, v_BTH, positions, cache, cfg)
+        a_BTH = checkpoint_name(a_BTH, PRODUCT)
         h_BTF = shard(jax.nn.gelu(h_BTF + ff_in.bias(h_BTF.dtype)), "BTF")
         z_BTD = rows((a_BTH, o(), "HD"), (h_BTF, ff_out(), "FD"))
         return shard(x_BTD + z_BTD + ff_out.bias(z_BTD.dtype), "BTD"), cache

@@ -37,6 +37,7 @@ def one_replica(config: Config) -> tuple[Config, list[jax.Device]]:
     """Return a run's configuration and devices for reading one copy of its model on this host.
 
     Where there are fewer devices than `cores_per_replica`, each holds a larger part of the model.
+    Attention is computed as these devices do it best.
 
     Raises:
         UserError: JAX finds no devices.
@@ -45,7 +46,8 @@ def one_replica(config: Config) -> tuple[Config, list[jax.Device]]:
     cores = config.mesh.cores_per_replica
     n = max(n for n in range(1, min(cores, len(devices)) + 1) if cores % n == 0)
     mesh = dataclasses.replace(config.mesh, tpu_size=n, cores_per_replica=n)
-    return dataclasses.replace(config, mesh=mesh), devices[:n]
+    model = dataclasses.replace(config.model, attention="auto")  # what was forced was for others
+    return dataclasses.replace(config, mesh=mesh, model=model), devices[:n]
 
 
 def _devices() -> list[jax.Device]:

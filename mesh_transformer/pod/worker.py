@@ -139,7 +139,7 @@ class Worker:
         weights = self._copies
         now = self._begin(weights, prompts, max_new_tokens)
         n_rows = len(now.position_B)
-        base_key = jax.random.key(sampling.seed % 2**32)
+        base_key = jax.random.key(sampling.seed)
         choice = Choice(
             temperature_B=jnp.full(n_rows, sampling.temperature, jnp.float32),
             top_k_B=jnp.full(n_rows, sampling.top_k, jnp.int32),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from mesh_transformer.config import Config
 from mesh_transformer.data.tokenizer import TextStream, Tokenizer
 from mesh_transformer.errors import UserError
 from mesh_transformer.session import Generation, Sampling
@@ -47,6 +49,16 @@ def check_length(max_new_tokens: int, seq: int) -> None:
             f"{max_new_tokens} new tokens are asked for; the model has {seq} positions, one of "
             f"them for the prompt: ask for 1 to {seq - 1}"
         )
+
+
+def for_tokenizer(config: Config, tokenizer: Tokenizer) -> Config:
+    """Return the configuration with the ids that its tokenizer lacks left out of sampling.
+
+    A vocabulary may be padded; only for tokenizers that come with the library does the
+    configuration itself know where the padding begins.
+    """
+    n_tokens = min(config.model.n_tokens, tokenizer.n_tokens)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, n_tokens=n_tokens))
 
 
 def continuation(

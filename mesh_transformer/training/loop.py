@@ -7,7 +7,9 @@ import contextlib
 import itertools
 import logging
 import math
+import os
 import signal
+import sys
 import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -73,9 +75,9 @@ class StopSignals:
     def _note(self, number: int, _: types.FrameType | None) -> None:
         self.received = signal.Signals(number)
         self.__exit__()
-        _logger.warning(
-            "%s: stopping once a checkpoint is saved; once more stops at once", self.received.name
-        )
+        # Not by way of a logger: the signal may have come while one was writing.
+        message = f"{self.received.name}: stopping once a checkpoint is saved; again stops at once"
+        os.write(sys.stderr.fileno(), f"{message}\n".encode())
 
 
 class Data:

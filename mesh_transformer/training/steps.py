@@ -113,7 +113,7 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
     """Return the steps of a configuration on a mesh; nothing is compiled before it is called.
 
     Raises:
-        ValueError: The model cannot run on the mesh's devices as configured.
+        UserError: The model cannot run on the mesh's devices as configured.
     """
     implementation = implementation_for(config.model, mesh.devices.flat[0])
     decided = dataclasses.replace(config.model, attention=implementation)
