@@ -72,6 +72,8 @@ class Peer:
                 n_head=config.n_heads,
                 rotary_dim=config.pe_rotary_dims,
                 attn_implementation="eager",
+                bos_token_id=0,
+                eos_token_id=0,
                 resid_pdrop=0.0,
                 embd_pdrop=0.0,
                 attn_pdrop=0.0,
