@@ -20,6 +20,7 @@ from typing import Protocol
 from mesh_transformer import storage
 from mesh_transformer.config import Config
 from mesh_transformer.errors import UserError
+from mesh_transformer.records import field, framed, varint
 
 
 class TrackerError(UserError):
@@ -132,16 +133,16 @@ class TensorBoard:
             local = self._scratch.name
         self._local = storage.join(local, self._name)
         self._file = storage.open(self._local, "wb")
-        self._append(_bytes_field(3, b"brain.Event:2"))
-        self._append(_int_field(2, step + 1) + _bytes_field(7, _int_field(1, 1)))
+        self._append(field(3, b"brain.Event:2"))
+        self._append(_int_field(2, step + 1) + field(7, _int_field(1, 1)))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write the scalars of a step as one event."""
         summary = b"".join(
-            _bytes_field(1, _bytes_field(1, tag.encode()) + _float_field(2, value))
+            field(1, field(1, tag.encode()) + _float_field(2, value))
             for tag, value in scalars.items()
         )
-        self._append(_int_field(2, step) + _bytes_field(5, summary))
+        self._append(_int_field(2, step) + field(5, summary))
         self._file.flush()
 
     def flush(self) -> None:
@@ -159,56 +160,17 @@ class TensorBoard:
 
     def _append(self, event: bytes) -> None:
         event = b"\x09" + struct.pack("<d", time.time()) + event
-        length = struct.pack("<Q", len(event))
-        self._file.write(length + _masked_crc(length) + event + _masked_crc(event))
+        self._file.write(framed([event])[0])
 
 
 _FLOAT32_MAX = 3.4028234663852886e38
 
 
-def _varint(number: int) -> bytes:
-    encoded = bytearray()
-    while number > 0x7F:
-        encoded.append(number & 0x7F | 0x80)
-        number >>= 7
-    encoded.append(number)
-    return bytes(encoded)
-
-
 def _int_field(tag: int, number: int) -> bytes:
-    return _varint(tag << 3) + _varint(number)
+    return varint(tag << 3) + varint(number)
 
 
 def _float_field(tag: int, number: float) -> bytes:
     if abs(number) > _FLOAT32_MAX:
         number = math.copysign(math.inf, number)
-    return _varint(tag << 3 | 5) + struct.pack("<f", number)
-
-
-def _bytes_field(tag: int, content: bytes) -> bytes:
-    return _varint(tag << 3 | 2) + _varint(len(content)) + content
-
-
-def _crc32c_table() -> list[int]:
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
-        table.append(byte)
-    return table
-
-
-_CRC32C = _crc32c_table()
-
-
-def _crc32c(content: bytes) -> int:
-    crc = 0xFFFFFFFF
-    for byte in content:
-        crc = crc >> 8 ^ _CRC32C[(crc ^ byte) & 0xFF]
-    return crc ^ 0xFFFFFFFF
-
-
-def _masked_crc(content: bytes) -> bytes:
-    """Checksum a TFRecord field: CRC-32C, rotated and offset as the format asks."""
-    crc = _crc32c(content)
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+    return varint(tag << 3 | 5) + struct.pack("<f", number)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from mesh_transformer import storage
+from mesh_transformer import records, storage
 from mesh_transformer.data import DataError, framing
 
 Place = tuple[int, int]
@@ -89,7 +89,7 @@ def inspect(path: str) -> RecordFile:
     size, head = _remote_head(path) if storage.is_remote(path) else _local_head(path)
     if not size:
         raise DataError(f"{path}: the file is empty (0 bytes); {_AGAIN}")
-    if len(head) == 12 and framing.masked_checksums([head[:8]])[0] == head[8:]:
+    if len(head) == 12 and records.masked_checksums([head[:8]])[0] == head[8:]:
         compression = ""
     elif head[0] & 0x0F == 8 and int.from_bytes(head[:2], "big") % 31 == 0:
         compression = "ZLIB"
