@@ -180,7 +180,8 @@ class Embed(hk.Module):
         init = hk.initializers.TruncatedNormal(stddev=cfg.n_vocab**-0.5)
         table_VD = hk.get_parameter("embeddings", [cfg.n_vocab, cfg.d_model], init=init)
         b_D = hk.get_parameter("b", [cfg.d_model], init=jnp.zeros)
-        return shard(lookup(table_VD, tokens_BT) + b_D.astype(table_VD.dtype), "BTD")
+        # Added in float32, for the sake of the bias's gradient: a sum over all tokens.
+        return shard((lookup(table_VD, tokens_BT) + b_D).astype(table_VD.dtype), "BTD")
 
 
 @dataclasses.dataclass
