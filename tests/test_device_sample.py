@@ -173,7 +173,7 @@ def test_ctrl_c_is_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -
         yield
 
     monkeypatch.setattr(Worker, "stream", interrupted)
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     assert command("--prompt", PROMPT) == (130, PROMPT, "\nStopped.\n")
     signal.signal(signal.SIGINT, before)
 
@@ -183,7 +183,8 @@ REFUSED = [
     (("--temp", "nan"), 2, "temperature is nan; it must be 0 (greedy) or more"),
     (("--top-p", "0"), 2, "top_p is 0.0; it must be above 0 and at most 1 (off)"),
     (("--top-k", "-1"), 2, "top_k is -1; it must be 0 (off) or more"),
-    (("--top-k", "-1", "--temp", "-2"), 2, "temperature is -2.0; it must be 0 (greedy) or more; "),
+    (("--top-k", "-1", "--temp", "-2"), 2, "top_k is -1; it must be 0 (off) or more"),
+    (("--seed", "-1"), 2, "seed is -1; it must be from 0 to 4294967295"),
     (("--max-new-tokens", "0"), 1, "error: 0 new tokens are asked for; the model has 16 pos"),
     (("--max-new-tokens", "16"), 1, "one of them for the prompt: ask for 1 to 15"),
     (("--model", "absent"), 1, "error: absent does not exist; needed is the folder (model_dir)"),

@@ -37,6 +37,14 @@ def _compiled_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """Let SIGINT interrupt, also where these tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
     """Train in this process."""
@@ -128,7 +136,7 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(
     stop_at(monkeypatch, 3, number)
     ended = command(run)
     assert ended.status == status
-    assert f"{number.name}: stopping once a checkpoint is saved; once more stops" in ended.told
+    assert f"{number.name}: stopping once a checkpoint is saved; again stops" in ended.told
     assert ended.output.splitlines()[-1] == (
         "Stopped at step 3, which is saved. To go on from the newest checkpoint, run the same "
         "command again (without --new)."
@@ -157,8 +165,7 @@ def test_ctrl_c_before_training_is_one_line(trained: Run, tmp_path: Path) -> Non
     process = trained.start("device_train.py", "--config", str(pipe))
     with open(pipe, "w"):
         process.send_signal(signal.SIGINT)
-        ended = runs.ended(process)
-    assert ended == (130, "", f"\nStopped. {device_train.GO_ON}\n")
+    assert runs.ended(process) == (130, "", f"\nStopped. {device_train.GO_ON}\n")
 
 
 def test_ctrl_c_while_data_is_opened_is_one_line(
@@ -168,9 +175,7 @@ def test_ctrl_c_while_data_is_opened_is_one_line(
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("mesh_transformer.training.loop.Data", interrupted)
-    before = signal.getsignal(signal.SIGINT)
     ended = command(trained)
-    signal.signal(signal.SIGINT, before)
     assert ended == (130, "", f"\nStopped. {device_train.GO_ON}\n")
 
 

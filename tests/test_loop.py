@@ -73,9 +73,11 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run in a folder with a training set, and leave the signals' handlers as they were."""
     monkeypatch.chdir(tmp_path)
     record_files.write(Path("train.tfrecords"), record_files.numbered(N_SEQUENCES, seq=SEQ))
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     yield
-    assert {number: signal.getsignal(number) for number in before} == before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    signal.signal(signal.SIGINT, before)
 
 
 def configured(**keys: Any) -> Config:
@@ -269,7 +271,7 @@ BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @BOTH
 @pytest.mark.parametrize("step", [1, 5, 7])
 def test_a_signal_ends_training_with_a_checkpoint_of_the_step_under_way(
-    number: signal.Signals, step: int, capfd: pytest.CaptureFixture[str]
+    number: signal.Signals, step: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     session = Fake()
     session.during = {("train", step): send(number)}
@@ -277,7 +279,7 @@ def test_a_signal_ends_training_with_a_checkpoint_of_the_step_under_way(
     assert session.events[-1] == ("save", step, step * PER_STEP)
     assert session.named("save").count(("save", step)) == 1
     assert [line["step"] for line in lines()] == list(range(1, step + 1))
-    assert f"{number.name}: stopping once a checkpoint is saved" in capfd.readouterr().err
+    assert f"{number.name}: stopping once a checkpoint is saved" in caplog.text
 
 
 def test_a_signal_while_saving_ends_training_there() -> None:
@@ -309,6 +311,15 @@ def test_a_second_sigterm_acts_as_it_did_before_training() -> None:
     train(session)
     assert acted == [signal.SIGTERM]
     signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """Shells start what runs in the background so, for Ctrl-C to reach the foreground alone."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    session = Fake()
+    session.during = {("train", 3): send(signal.SIGINT, signal.SIGINT)}
+    assert train(session) == Finished(10, None)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_signals_are_noted_from_the_first_step_until_the_block_ends() -> None:

@@ -105,7 +105,7 @@ def test_a_run_killed_while_saving_then_stopped_in_a_step_ends_as_if_never_stopp
     process.terminate()
     status, output, errors = runs.ended(process)
     assert status == 128 + signal.SIGTERM
-    assert "SIGTERM: stopping once a checkpoint is saved; once more stops at once" in errors
+    assert "SIGTERM: stopping once a checkpoint is saved; again stops at once" in errors
     last = max(run.steps())
     assert 11 < last < TOTAL
     assert f"Stopped at step {last}, which is saved. To go on from the newest" in output

@@ -66,12 +66,6 @@ def test_a_prompt_is_continued_alike_whatever_the_others_are() -> None:
     )
 
 
-def test_the_seed_decides_what_is_drawn() -> None:
-    worker = fresh()
-    drawn = [worker.generate([[1]], Sampling(seed=seed), N_NEW).tokens for seed in (1, 1, 2, 2**70)]
-    assert drawn[0] == drawn[1] != drawn[2] != drawn[3]
-
-
 def assert_scored_alike(worker: Worker, made: Generation, greedy: bool = False) -> None:
     """Evaluation gives the new tokens the losses that generation gave as log-probabilities."""
     texts = [prompt + tokens for prompt, tokens in zip(PROMPTS, made.tokens, strict=True)]
@@ -137,7 +131,7 @@ def test_training_changes_what_is_generated_from_then_on() -> None:
     worker = fresh()
     before = worker.generate(PROMPTS, GREEDY, N_NEW)
     for step in range(3):
-        worker.train(small.tokens(2, 4, small.KEYS["seq"] + 1, seed=step))
+        worker.train(small.tokens(2, 8, small.KEYS["seq"] + 1, seed=step))
     after = worker.generate(PROMPTS, GREEDY, N_NEW)
     assert after.logprobs != before.logprobs
     assert_scored_alike(worker, after, greedy=True)

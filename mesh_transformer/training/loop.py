@@ -7,9 +7,8 @@ import contextlib
 import itertools
 import logging
 import math
-import os
 import signal
-import sys
+import threading
 import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -58,26 +57,34 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._telling: threading.Thread | None = None
 
     def __enter__(self) -> StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stop_watching()
+        if self._telling:
+            self._telling.join()
+
+    def watch(self) -> None:
+        """Begin to note signals, but for those that are ignored; until then they act as ever."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if number not in self._before and signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
+
+    def _stop_watching(self) -> None:
         while self._before:
             signal.signal(*self._before.popitem())
 
-    def watch(self) -> None:
-        """Begin to note signals; until then they act as ever."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if number not in self._before:
-                self._before[number] = signal.signal(number, self._note)
-
     def _note(self, number: int, _: types.FrameType | None) -> None:
         self.received = signal.Signals(number)
-        self.__exit__()
-        # Not by way of a logger: the signal may have come while one was writing.
-        message = f"{self.received.name}: stopping once a checkpoint is saved; again stops at once"
-        os.write(sys.stderr.fileno(), f"{message}\n".encode())
+        self._stop_watching()
+        message = "%s: stopping once a checkpoint is saved; again stops at once"
+        # By another thread: the signal may have come while this one was writing, which it may not
+        # begin anew before it has ended.
+        self._telling = threading.Thread(target=_logger.warning, args=(message, self.received.name))
+        self._telling.start()
 
 
 class Data:
