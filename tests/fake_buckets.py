@@ -11,7 +11,6 @@ import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
 GOOGLE_OBJECT = r"/(?:upload/|download/)?storage/v1/b/bucket/o(?:/(.+))?"
 
 
