@@ -102,8 +102,9 @@ class Program:
     """What one device runs, of a program compiled for a mesh of `dp` x `mp` devices."""
 
     def __init__(self, compiled: jax.stages.Compiled, dp: int, mp: int) -> None:
-        self.memory = compiled.memory_analysis()
+        self.memory: Any = compiled.memory_analysis()
         text = compiled.as_text()
+        assert text is not None, "this backend does not show its programs"
         self._devices = np.arange(dp * mp).reshape(dp, mp)
         self._computations = dict(_computations(text))
         (entry,) = re.findall(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
@@ -159,7 +160,7 @@ class Program:
 
     def _axis(self, line: Instruction) -> str:
         whole = [self._devices.ravel()]
-        axes = {"": self._devices.reshape(-1, 1), "dp mp": whole}
+        axes: dict[str, Any] = {"": self._devices.reshape(-1, 1), "dp mp": whole}
         axes |= {"mp": self._devices, "dp": self._devices.T}
         groups = _groups(line.attributes)
         # Where an axis has one device, others span the same groups: singles first, `dp mp` last.
@@ -177,7 +178,8 @@ def _loop_name(source: str) -> str:
 
 
 def _computations(text: str) -> Iterator[tuple[str, dict[str, Instruction]]]:
-    name, lines = "", {}
+    name = ""
+    lines: dict[str, Instruction] = {}
     for line in text.splitlines():
         if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
             name, lines = header.group(1), {}
@@ -258,7 +260,7 @@ def compile_sampling(
 ) -> tuple[jax.stages.Compiled, jax.stages.Compiled, jax.stages.Compiled]:
     """Compile the copying of weights, the reading of prompts, and decoding, each for the last."""
 
-    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     copies = steps.copies.lower(steps.state.params).compile(options)

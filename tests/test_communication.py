@@ -20,7 +20,10 @@ SIZES = {"layers": 3, "d_model": D, "d_head": 16, "d_ff": 192, "n_vocab": V, "se
 SIZES |= {"pe_rotary_dims": 4, "per_replica_batch": B, "gradient_accumulation_steps": A}
 
 # LLVM's optimisation takes most of the time of a compilation, and no part in what is exchanged.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+FAST: dict[str, str | bool] = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
 
 PROGRAMS = [(2, 4, 0), (2, 4, 1), (2, 4, 2), (2, 4, 3), (4, 2, 2), (8, 1, 1), (8, 1, 3), (1, 8, 3)]
 """Replicas, devices of each, ZeRO stage."""
