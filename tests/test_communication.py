@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ SIZES = {"layers": 3, "d_model": D, "d_head": 16, "d_ff": 192, "n_vocab": V, "se
 SIZES |= {"pe_rotary_dims": 4, "per_replica_batch": B, "gradient_accumulation_steps": A}
 
 # LLVM's optimisation takes most of the time of a compilation, and no part in what is exchanged.
-FAST: dict[str, str | bool] = {
+FAST: dict[str, Any] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
