@@ -71,6 +71,8 @@ class ModelConfig(_Section):
         d_ff: Hidden features of the feed-forward layer. Left out: 4 d_model.
         compute_dtype: Of weights in use and activations; master weights are always float32.
         remat: What the backward pass computes anew: whole layers, all but matrix products, nothing.
+        unroll: Layers computed in one round of the loop over layers. More of them run faster on
+            CPUs and take longer to compile.
         attention: Implementation; "auto" takes the best that the device has.
         z_loss: Weight of log(Z)^2 in the training loss, which keeps the logits from drifting.
     """
@@ -88,6 +90,7 @@ class ModelConfig(_Section):
     n_tokens: Count = DERIVED
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Literal["full", "dots", "none"] = "full"
+    unroll: Count = 1
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     z_loss: NonNegative = 1e-4
 

@@ -206,9 +206,9 @@ def test_relative_positions_fall_into_t5_s_buckets() -> None:
 
 
 @functools.cache
-def outcome(remat: str = "none", compute_dtype: str = "float32") -> Any:
+def outcome(remat: str = "none", compute_dtype: str = "float32", unroll: int = 1) -> Any:
     """Return the gradient of the logits, weighed at random and summed, and the logits."""
-    model = make_model(model_config(remat=remat, compute_dtype=compute_dtype))
+    model = make_model(model_config(remat=remat, compute_dtype=compute_dtype, unroll=unroll))
     tokens_BT = small.tokens(2, small.KEYS["seq"])
 
     def objective(params: Any) -> tuple[jax.Array, jax.Array]:
@@ -235,9 +235,10 @@ def test_each_kind_of_rematerialisation_computes_less_anew_than_the_one_before()
     assert products("none") < products("dots") < products("full")
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_computing_anew_in_the_backward_pass_changes_nothing(remat: str) -> None:
-    (gradient, logits_BTV), (expected, expected_BTV) = outcome(remat), outcome()
+@pytest.mark.parametrize(("remat", "unroll"), [("full", 1), ("dots", 1), ("none", 2)])
+def test_computing_anew_and_unrolling_change_nothing(remat: str, unroll: int) -> None:
+    gradient, logits_BTV = outcome(remat, unroll=unroll)
+    expected, expected_BTV = outcome()
     np.testing.assert_allclose(logits_BTV, expected_BTV, rtol=0, atol=1e-6)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     small.assert_close(gradient, expected, 1e-5 * largest)

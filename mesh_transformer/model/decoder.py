@@ -30,7 +30,7 @@ from mesh_transformer.sharding import shard
 
 @dataclasses.dataclass
 class Decoder(hk.Module):
-    """A stack of blocks between embedding and head; layers are scanned, never unrolled."""
+    """A stack of blocks between embedding and head; layers are scanned, `unroll` at a time."""
 
     config: ModelConfig
     name: str | None = None
@@ -75,7 +75,9 @@ class Decoder(hk.Module):
             cache = None if cache is None else cache._replace(layer=layer)
             return Block(cfg, name="block")(x_BTD, positions, cache), None
 
-        stack = hk.layer_stack(cfg.layers, with_per_layer_inputs=True, name="layers")
+        stack = hk.layer_stack(
+            cfg.layers, with_per_layer_inputs=True, unroll=cfg.unroll, name="layers"
+        )
         (x_BTD, cache), _ = stack(kept_for_backward(block, cfg.remat))(
             (x_BTD, cache), jnp.arange(cfg.layers)
         )
