@@ -144,6 +144,69 @@ def test_a_place_that_cannot_be_written_is_an_error_at_once(tmp_path):
     checkpoints.close()
 
 
+# Other processes
+
+
+HOLDING = """
+    import subprocess, sys
+    import jax
+    jax.config.update("jax_platforms", "cpu")
+    from mesh_transformer.checkpoints.native import Checkpoints
+
+    checkpoints = Checkpoints(sys.argv[1])
+    child = subprocess.Popen(["sleep", "1000"], close_fds=False)
+    print(child.pid, flush=True)
+    child.wait()
+"""
+
+
+def started(script: str, folder: Path, *arguments: object) -> subprocess.Popen[str]:
+    """Start a program of this text in a process of its own."""
+    path = folder / "script.py"
+    path.write_text(textwrap.dedent(script))
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", path, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(Path(native.__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_second_process_is_refused_and_nothing_of_the_first_is_touched(tmp_path):
+    state = state_on(mesh(1, 1))
+    saved(tmp_path, state, 7)
+    with Checkpoints(str(tmp_path)):
+        under_way = tmp_path / "checkpoints" / "step_8.orbax-checkpoint-tmp"
+        under_way.mkdir()
+        told = f"another process trains in {tmp_path}: end it, or set another model_dir"
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match=re.escape(told)):
+                Checkpoints(str(tmp_path))
+        assert under_way.exists()
+        newest = locate(str(tmp_path))
+        assert newest is not None
+        assert_same(native.restore(newest, like(state))[0], state)
+    assert under_way.exists()
+    Checkpoints(str(tmp_path)).close()
+    assert os.listdir(tmp_path / "checkpoints") == ["step_7"]
+
+
+def test_a_process_that_dies_locks_nobody_out_though_what_it_started_lives_on(tmp_path):
+    with started(HOLDING, tmp_path, tmp_path / "run") as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        try:
+            with pytest.raises(CheckpointError, match="another process trains in"):
+                Checkpoints(str(tmp_path / "run"))
+            process.kill()
+            process.wait()
+            Checkpoints(str(tmp_path / "run")).close()
+        finally:
+            process.kill()
+            os.kill(child, signal.SIGKILL)
+
+
 KILLED = """
     import os, random, signal, sys, threading
     import jax
@@ -185,20 +248,13 @@ KILLED = """
 
 
 def test_a_run_killed_at_any_time_goes_on_from_its_last_committed_checkpoint(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(textwrap.dedent(KILLED))
     rng = random.Random(os.environ.get("KILL_SEED", "0"))
     committed = 0
     for _ in range(int(os.environ.get("KILL_TIMES", "3"))):
-        ended = subprocess.run(
-            [sys.executable, "-W", "error", script, tmp_path / "run", str(rng.uniform(0, 0.5))],
-            env=os.environ | {"PYTHONPATH": str(Path(native.__file__).parents[2])},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert ended.returncode == -signal.SIGKILL, ended.stderr
-        lines = [line.split() for line in ended.stdout.splitlines()]
+        with started(KILLED, tmp_path, tmp_path / "run", rng.uniform(0, 0.5)) as process:
+            output, told = process.communicate()
+        assert process.returncode == -signal.SIGKILL, told
+        lines = [line.split() for line in output.splitlines()]
         assert lines[0][0] == "restored"
         assert int(lines[0][1]) >= committed
         committed = max([int(step) for _, step in lines])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +39,15 @@ def on_disk(root: Path, dp: int = 1, mp: int = 1, **keys: Any) -> tuple[Worker, 
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[tuple[Worker, Path]]:
-    """A run on one device that has taken three steps and saved the last."""
+def run(tmp_path: Path) -> tuple[Worker, Path]:
+    """A run on one device that has taken three steps, saved the last and ended."""
     worker, checkpoints = on_disk(tmp_path / "run")
     with checkpoints:
         worker.state = small.start()
         for step in range(3):
             worker.train(batch(step))
         worker.save(3, {"epoch": 0, "sample": 24})
-        checkpoints.wait()
-        yield worker, tmp_path / "run"
+    return worker, tmp_path / "run"
 
 
 def batch(seed: int) -> np.ndarray:
@@ -173,11 +171,13 @@ def test_a_run_goes_on_on_another_mesh_with_the_same_losses(run: tuple[Worker, P
 
 
 def test_a_given_step_is_restored(run: tuple[Worker, Path]) -> None:
-    worker, root = run
-    before = values(worker.state)
-    worker.train(batch(0))
-    worker.save(4, {"epoch": 0, "sample": 32})
-    assert worker.restore(3) == Restored(3, {"epoch": 0, "sample": 24})
+    before, root = values(run[0].state), run[1]
+    worker, checkpoints = on_disk(root)
+    with checkpoints:
+        worker.restore()
+        worker.train(batch(0))
+        worker.save(4, {"epoch": 0, "sample": 32})
+        assert worker.restore(3) == Restored(3, {"epoch": 0, "sample": 24})
     assert_equal(values(worker.state), before)
 
 

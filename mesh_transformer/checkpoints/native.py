@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import fcntl
 import json
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -47,8 +49,9 @@ class Checkpoints:
     """The checkpoints of one run: saved in the background, the superseded ones deleted.
 
     Use it in a `with` block, or call `close`: a save that is still under way when the interpreter
-    exits is lost. One run at a time may write under a root; readers may come and go. In a
-    multi-host run every process calls every method, in the same order.
+    exits is lost. One run at a time may write under a root: on a local disk another is refused,
+    in a bucket nothing tells them apart. Readers may come and go. In a multi-host run every process
+    calls every method, in the same order.
     """
 
     def __init__(self, root: str, *, keep_n: int = 3, keep_every: int | None = None) -> None:
@@ -58,15 +61,22 @@ class Checkpoints:
             root: The run's folder or gs:// URL; made if absent.
             keep_n: How many of the newest checkpoints to keep.
             keep_every: Also keep every step that is a multiple of this.
+
+        Raises:
+            CheckpointError: Another process has taken the root over and lives.
         """
         retention.superseded([], keep_n=keep_n, keep_every=keep_every)
         self._keep_n = keep_n
         self._keep_every = keep_every
         self._folder = layout.absolute(root) / "checkpoints"
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._remove_unfinished()
-        _all_processes("unfinished removed")
-        self._writer = self._make_writer()
+        with contextlib.ExitStack() as lock:
+            if not storage.is_remote(root) and jax.process_index() == 0:
+                lock.enter_context(_alone(root, self._folder))
+            self._remove_unfinished()
+            _all_processes("unfinished removed")
+            self._writer = self._make_writer()
+            self._lock = lock.pop_all()
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._being_written = self._folder
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
@@ -143,6 +153,7 @@ class Checkpoints:
         finally:
             self._background.shutdown()
             self._writer.close()
+            self._lock.close()
 
     def steps(self) -> list[int]:
         """List the steps of all complete checkpoints, oldest first."""
@@ -227,6 +238,25 @@ class Checkpoints:
             about=layout.about_handler(),
         )
         return ocp.AsyncCheckpointer(handler, async_options=asynchrony, atomicity_options=atomicity)
+
+
+@contextlib.contextmanager
+def _alone(root: str, folder: epath.Path) -> Iterator[None]:
+    """Keep other processes out of a folder, until the `with` block ends or this process dies.
+
+    The lock is on the folder itself: no file is left, and what this process starts inherits none.
+    """
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"another process trains in {root}: end it, or set another model_dir"
+            ) from error
+        yield
+    finally:
+        os.close(held)
 
 
 def _all_processes(what: str) -> None:
