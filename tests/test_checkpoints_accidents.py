@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from saved_states import assert_same, like, mesh, saved, state_on
 
 from mesh_transformer.checkpoints import layout, native
@@ -133,6 +135,31 @@ def test_a_save_that_failed_is_raised_at_the_next_call_and_the_run_can_go_on(tmp
     checkpoints.save(2, state, {})
     checkpoints.close()
     assert os.listdir(tmp_path / "checkpoints") == ["step_2"]
+
+
+def test_a_save_that_takes_long_is_not_waited_for_in_silence(tmp_path, monkeypatch):
+    told: list[str] = []
+    twice = threading.Event()
+    list_files = layout.list_files
+
+    def slow(folder: epath.Path) -> None:
+        assert twice.wait(10)
+        list_files(folder)
+
+    def tell(message: str, *values: object) -> None:
+        told.append(message % values)
+        if len(told) == 2:
+            twice.set()
+
+    monkeypatch.setattr(layout, "list_files", slow)
+    monkeypatch.setattr(native, "_NOTICE_SECONDS", 0.01)
+    monkeypatch.setattr(native._logger, "info", tell)
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save(7, state_on(mesh(1, 1)), {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [7]
+    line = rf"still saving the checkpoint of step 7 to {re.escape(str(tmp_path))} \(\d+ s so far\)"
+    assert len(told) >= 2 and all(re.fullmatch(line, said) for said in told)
 
 
 def test_a_place_that_cannot_be_written_is_an_error_at_once(tmp_path):

@@ -16,6 +16,7 @@ import fcntl
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -41,6 +42,7 @@ __all__ = [
 
 _CHUNK_BYTES = 128 * 2**20  # bounds what must be fetched to read part of an array
 _FILE_BYTES = 2**30  # when Orbax begins another file of arrays
+_NOTICE_SECONDS = 60.0  # between lines that say that a save is waited for
 
 _logger = logging.getLogger(__name__)
 
@@ -79,7 +81,7 @@ class Checkpoints:
             self._lock = lock.pop_all()
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._being_written = self._folder
-        self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._pending: tuple[int, float, concurrent.futures.Future[None]] | None = None
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -127,15 +129,24 @@ class Checkpoints:
             about=ocp.args.JsonSave(json.loads(json.dumps(about))),
         )
         self._being_written = layout.being_written(folder)
+        begun = time.monotonic()
         with layout.named_errors(f"saving step {step} to {folder} failed"):
             self._writer.save(folder, args=items, force=True)
-        self._pending = (step, self._background.submit(self._commit))
+        self._pending = (step, begun, self._background.submit(self._commit))
 
     def wait(self) -> None:
-        """Block until the save under way is committed; raise CheckpointError if it failed."""
+        """Block until the save under way is committed; raise CheckpointError if it failed.
+
+        While it takes, a line a minute says so: a disk or a bucket that hangs is not waited for in
+        silence.
+        """
         if self._pending is None:
             return
-        step, committed = self._pending
+        step, begun, committed = self._pending
+        while concurrent.futures.wait([committed], _NOTICE_SECONDS).not_done:
+            seconds = time.monotonic() - begun
+            message = "still saving the checkpoint of step %d to %s (%.0f s so far)"
+            _logger.info(message, step, self._folder.parent, seconds)
         error = committed.exception()
         self._pending = None
         if error is not None:
