@@ -10,6 +10,7 @@ is kept too. Ctrl-C and SIGTERM save a checkpoint first.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 
 from mesh_transformer import config
@@ -50,6 +51,8 @@ def main() -> int:
         loop.announce(run, worker.n_parameters, n_devices, kind)
         if args.tune_model_path and (args.new or checkpoints.latest() is None):
             worker.tune_from(args.tune_model_path, fresh_opt=args.fresh_opt)
+        elif args.tune_model_path:
+            logging.warning("%s goes on as it is; --new starts over from --tune-model-path", root)
         if args.new:  # only now, when nothing that the new run needs was found missing
             checkpoints.clear()
         done = loop.train(worker, run, data, signals, n_devices=n_devices, device_kind=kind)

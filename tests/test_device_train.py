@@ -241,6 +241,8 @@ def test_tuning_begins_at_step_0_where_the_other_run_ended_and_the_same_command_
     ended = command(run, *flags)
     assert ended.status == 0 and "going on from the checkpoint of step 3\n" in ended.told
     assert "tuning the weights" not in ended.told
+    told = f"{run.root} goes on as it is; --new starts over from --tune-model-path\n"
+    assert ended.told.count(told) == 1
     whole = trained.but("whole", tmp_path)
     assert command(whole, *flags).status == 0
     assert run.log() == whole.log()
