@@ -304,6 +304,18 @@ def test_a_size_that_is_not_there_is_refused_with_the_size_that_is() -> None:
         assert host_devices(small.parsed(tpu_size=size)) == jax.devices()
 
 
+def test_the_configuration_of_a_pod_makes_no_pod_of_cpu_devices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu = jax.devices()[:1]
+    made: list[jax.Device] = []
+    monkeypatch.setattr(jax, "devices", lambda: made)
+    monkeypatch.setattr(jax.config, "update", lambda _, n: made.__setitem__(slice(None), cpu * n))
+    assert len(host_devices(small.parsed(tpu_size=64))) == 64
+    with pytest.raises(UserError, match=r"tpu_size is 256, but JAX sees 64 device\(s\) here"):
+        host_devices(small.parsed(tpu_size=256))
+
+
 def test_no_devices_at_all_is_the_users_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> list[jax.Device]:
         raise RuntimeError("Unable to initialize backend 'tpu'")

@@ -10,19 +10,21 @@ import jax
 from mesh_transformer.config import Config
 from mesh_transformer.errors import UserError
 
+_MOST_CPU_DEVICES = 64  # each takes threads; who asks for more has a pod's configuration by mistake
+
 
 def host_devices(config: Config) -> list[jax.Device]:
     """Return the devices to train on: this host's accelerators, or as many CPU devices as needed.
 
     On a host without accelerators a configuration for 8 cores runs on 8 CPU devices, which the
-    host's cores share: slow, and exact.
+    host's cores share: slow, and exact. There are never more than 64.
 
     Raises:
         UserError: `tpu_size` and the devices there are do not match, or JAX finds none.
     """
     wanted = config.mesh.tpu_size or config.mesh.cores_per_replica
     with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices it has
-        jax.config.update("jax_num_cpu_devices", wanted)
+        jax.config.update("jax_num_cpu_devices", min(wanted, _MOST_CPU_DEVICES))
     devices = _devices()
     if config.mesh.tpu_size not in (None, len(devices)):
         raise UserError(
