@@ -25,7 +25,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ),
     ("model", "model.attention model.layers", "model.weights", "model.loss", "model.sampling"),
     ("model.decoder", "model.encoder_decoder"),
-    ("training", "training.optimizer training.gradients training.steps"),
+    ("training", "training.memory training.optimizer training.gradients training.steps"),
     (
         "checkpoints checkpoints.fingerprint checkpoints.retention checkpoints.layout"
         " checkpoints.reading checkpoints.native"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import record_files
@@ -17,6 +18,7 @@ from configurations import MINIMAL
 from mesh_transformer import metrics_file
 from mesh_transformer.config import Config, parse
 from mesh_transformer.data import DataError
+from mesh_transformer.errors import UserError
 from mesh_transformer.metrics import MetricsLog
 from mesh_transformer.session import Evaluation, Generation, Metrics, Restored
 from mesh_transformer.training import loop
@@ -34,7 +36,7 @@ class Fake:
         self.events: list[Any] = []
         self.restored = restored
         self.step = restored.step if restored else 0
-        self.metrics: dict[int, dict[str, float]] = {}
+        self.metrics: dict[int, dict[str, Any]] = {}
         self.during: dict[Any, Callable[[], None]] = {}
 
     def does(self, *event: Any) -> None:
@@ -252,6 +254,21 @@ def test_a_run_may_be_told_to_train_on_regardless() -> None:
     session.metrics = {5: {"loss": math.nan}}
     assert train(session, stop_on_nan=False) == Finished(10, None)
     assert session.named("save") == [("save", 5), ("save", 10)]
+
+
+class Failed:
+    """What a device computed in vain, which shows when it is looked at."""
+
+    def __float__(self) -> float:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB")
+
+
+def test_memory_that_did_not_suffice_is_told_when_metrics_are_looked_at() -> None:
+    session = Fake()
+    session.metrics = {3: {"loss": Failed()}}
+    with pytest.raises(UserError, match="small for a step: lower per_replica_batch .*D: 9 GiB"):
+        train(session)
+    assert [line["step"] for line in lines()] == [1, 2]
 
 
 # Signals

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,7 +17,7 @@ from mesh_transformer.checkpoints.native import CheckpointError, Checkpoints
 from mesh_transformer.errors import UserError
 from mesh_transformer.pod.devices import host_devices, one_replica
 from mesh_transformer.pod.worker import Worker, stored_config
-from mesh_transformer.session import Restored
+from mesh_transformer.session import Restored, Sampling
 from mesh_transformer.training.optimizer import learning_rate, schedule_count
 
 SPREAD: dict[str, Any] = {"dp": 2, "mp": 4, "zero_stage": 3}
@@ -117,22 +119,60 @@ def test_token_ids_of_any_integer_type_are_the_same() -> None:
     assert_equal(losses[1:], [losses[0]] * 2)
 
 
-def test_memory_that_is_too_small_is_told_with_what_to_change() -> None:
-    def raising(message: str) -> Any:
-        def train(*_: object) -> None:
-            raise jax.errors.JaxRuntimeError(message)
+class Failed:
+    """What a device computed in vain: it is called, or looked at, and raises."""
 
-        return train
+    def __init__(self, message: str) -> None:
+        self._message = message
 
+    def __call__(self, *_: object) -> Any:
+        raise jax.errors.JaxRuntimeError(self._message)
+
+    def __array__(self, *_: object, **__: object) -> Any:
+        self()
+
+
+USES: dict[str, Callable[[Worker], Any]] = {
+    "init": lambda worker: worker.state,
+    "train": lambda worker: worker.train(small.tokens(1, 1, 9)),
+    "evaluate": lambda worker: worker.evaluate(small.tokens(1, 9)),
+    "copies": lambda worker: worker.generate([[1]], Sampling(), 2),
+    "prefill": lambda worker: worker.generate([[1]], Sampling(), 2),
+    "decode": lambda worker: worker.generate([[1]], Sampling(), 2),
+}
+ADVICE = {
+    "init": "for weights and moments: raise cores_per_replica or, with several .* zero_stage",
+    "train": "for a step: lower per_replica_batch .* set remat to full, or raise cores_per_rep",
+    "evaluate": r"for scoring: score fewer or shorter sequences at once \(val_batch_multiplier",
+} | dict.fromkeys(
+    ("copies", "prefill", "decode"), "for sampling: ask for fewer new tokens, give fewer or sh"
+)
+
+
+def failing(step: str, result: Any) -> Worker:
+    """A host whose step does what `result` does."""
     worker = Worker(small.parsed(), jax.devices()[:1])
-    worker.state = small.start()
-    for message, error, told in [
-        ("RESOURCE_EXHAUSTED: 9 GiB", UserError, "lower per_replica_batch .*EXHAUSTED: 9 GiB"),
-        ("INTERNAL: cuDNN", jax.errors.JaxRuntimeError, "INTERNAL: cuDNN"),
-    ]:
-        worker.steps = small.steps()._replace(train=raising(message))
-        with pytest.raises(error, match=told):
-            worker.train(small.tokens(1, 1, 9))
+    worker.steps = small.steps()._replace(**{step: result})
+    if step != "init":
+        worker.state = small.start()
+    return worker
+
+
+@pytest.mark.parametrize("step", USES)
+def test_memory_that_is_too_small_is_told_with_what_to_change(step: str) -> None:
+    with pytest.raises(UserError, match=f"too small {ADVICE[step]}.*EXHAUSTED: 9 GiB"):
+        USES[step](failing(step, Failed("RESOURCE_EXHAUSTED: 9 GiB")))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: cuDNN"):
+        USES[step](failing(step, Failed("INTERNAL: cuDNN")))
+
+
+@pytest.mark.parametrize("step", ["evaluate", "decode"])
+def test_memory_that_did_not_suffice_is_told_when_results_are_looked_at(step: str) -> None:
+    """Devices work behind: what failed there is an array at first."""
+    failed = Failed("RESOURCE_EXHAUSTED: 9 GiB")
+    results = {"evaluate": (failed, failed), "decode": SimpleNamespace(position_B=failed)}
+    with pytest.raises(UserError, match=f"too small {ADVICE[step]}.*EXHAUSTED: 9 GiB"):
+        USES[step](failing(step, lambda *_: results[step]))
 
 
 # Saving and going on

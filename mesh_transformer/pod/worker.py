@@ -5,7 +5,6 @@ It implements the session protocol, so whatever drives a session can drive it, h
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from mesh_transformer.errors import UserError
 from mesh_transformer.model.sampling import Choice
 from mesh_transformer.session import Evaluation, Generation, Metrics, Position, Restored, Sampling
 from mesh_transformer.sharding import COMPUTE, make_mesh, spec
+from mesh_transformer.training.memory import memory_for
 from mesh_transformer.training.optimizer import make_optimizer, restart_schedule
 from mesh_transformer.training.steps import Continuation, TrainState, make_steps
 
@@ -71,9 +71,14 @@ class Worker:
 
     @property
     def state(self) -> TrainState:
-        """The train state; made from the configuration's seed if there is none yet."""
+        """The train state; made from the configuration's seed if there is none yet.
+
+        Raises:
+            UserError: The devices' memory is too small to make it.
+        """
         if self._state is None:
-            self.state = self.steps.init(jax.random.key(self.config.run.seed))
+            with memory_for("weights and moments"):
+                self.state = self.steps.init(jax.random.key(self.config.run.seed))
             assert self._state is not None
         return self._state
 
@@ -94,7 +99,7 @@ class Worker:
         tokens = self._on_mesh(tokens_ABT1.astype(np.int32), "ABT")
         mask = None if mask_ABT is None else self._on_mesh(mask_ABT.astype(np.float32), "ABT")
         state, self._copies = self.state, None  # the copies' memory is free for the step
-        with _advice_when_full():
+        with memory_for("a step"):
             self.state, metrics = self.steps.train(state, tokens, mask)
         return metrics
 
@@ -103,12 +108,14 @@ class Worker:
 
         Raises:
             ValueError: As for `train`, but for the number of sequences.
+            UserError: The devices' memory is too small.
         """
         self._check_tokens("BT1", tokens_BT1, mask_BT)
-        tokens = self._on_mesh(self._pad(tokens_BT1.astype(np.int32)), "BT")
-        loss_BT, correct_BT = self.steps.evaluate(self.state.params, tokens)
         n = len(tokens_BT1)
-        loss_BT, correct_BT = np.asarray(loss_BT)[:n], np.asarray(correct_BT)[:n]
+        with memory_for("scoring"):
+            tokens = self._on_mesh(self._pad(tokens_BT1.astype(np.int32)), "BT")
+            loss_BT, correct_BT = self.steps.evaluate(self.state.params, tokens)
+            loss_BT, correct_BT = np.asarray(loss_BT)[:n], np.asarray(correct_BT)[:n]
         if mask_BT is None:
             return Evaluation(loss_BT, correct_BT)
         return Evaluation(np.where(mask_BT, loss_BT, 0), correct_BT & np.asarray(mask_BT, bool))
@@ -131,35 +138,37 @@ class Worker:
         """Continue each prompt, yielding what is new after every `every` tokens.
 
         Raises:
-            UserError: A prompt is empty, or does not fit into `seq` with its new tokens.
+            UserError: A prompt is empty, or does not fit into `seq` with its new tokens; or the
+                devices' memory is too small.
         """
         self._check_prompts(prompts, max_new_tokens)
-        if self._copies is None:
-            self._copies = self.steps.copies(self.state.params)
-        weights = self._copies
-        now = self._begin(weights, prompts, max_new_tokens)
-        n_rows = len(now.position_B)
-        base_key = jax.random.key(sampling.seed)
-        choice = Choice(
-            temperature_B=jnp.full(n_rows, sampling.temperature, jnp.float32),
-            top_k_B=jnp.full(n_rows, sampling.top_k, jnp.int32),
-            top_p_B=jnp.full(n_rows, sampling.top_p, jnp.float32),
-            key_B=jax.vmap(lambda row: jax.random.fold_in(base_key, row))(jnp.arange(n_rows)),
-        )
-        stop_ids = jnp.array(sampling.stop_ids or (-1,), jnp.int32)
-        seen = [len(prompt) for prompt in prompts]
-        for _ in range(0, max_new_tokens, every):
-            now = self.steps.decode(weights, now, choice, stop_ids, jnp.int32(every))
-            ends = np.asarray(now.position_B) + 1
-            tokens_BS, logprobs_BS = np.asarray(now.tokens_BS), np.asarray(now.logprobs_BS)
-            pieces = [slice(begin, end) for begin, end in zip(seen, ends, strict=False)]
-            yield Generation(
-                [tokens_BS[row, piece].tolist() for row, piece in enumerate(pieces)],
-                [logprobs_BS[row, piece].tolist() for row, piece in enumerate(pieces)],
+        with memory_for("sampling"):
+            if self._copies is None:
+                self._copies = self.steps.copies(self.state.params)
+            weights = self._copies
+            now = self._begin(weights, prompts, max_new_tokens)
+            n_rows = len(now.position_B)
+            base_key = jax.random.key(sampling.seed)
+            choice = Choice(
+                temperature_B=jnp.full(n_rows, sampling.temperature, jnp.float32),
+                top_k_B=jnp.full(n_rows, sampling.top_k, jnp.int32),
+                top_p_B=jnp.full(n_rows, sampling.top_p, jnp.float32),
+                key_B=jax.vmap(lambda row: jax.random.fold_in(base_key, row))(jnp.arange(n_rows)),
             )
-            if now.done_B.all():
-                return
-            seen = [piece.stop for piece in pieces]
+            stop_ids = jnp.array(sampling.stop_ids or (-1,), jnp.int32)
+            seen = [len(prompt) for prompt in prompts]
+            for _ in range(0, max_new_tokens, every):
+                now = self.steps.decode(weights, now, choice, stop_ids, jnp.int32(every))
+                ends = np.asarray(now.position_B) + 1
+                tokens_BS, logprobs_BS = np.asarray(now.tokens_BS), np.asarray(now.logprobs_BS)
+                pieces = [slice(begin, end) for begin, end in zip(seen, ends, strict=False)]
+                yield Generation(
+                    [tokens_BS[row, piece].tolist() for row, piece in enumerate(pieces)],
+                    [logprobs_BS[row, piece].tolist() for row, piece in enumerate(pieces)],
+                )
+                if now.done_B.all():
+                    return
+                seen = [piece.stop for piece in pieces]
 
     def save(self, step: int, position: Position) -> None:
         """Begin to write a checkpoint of the current state; an earlier one that failed raises."""
@@ -348,21 +357,6 @@ class Worker:
         while bucket < n_positions:
             bucket *= 2
         return min(bucket, self.config.model.seq)
-
-
-@contextlib.contextmanager
-def _advice_when_full() -> Iterator[None]:
-    """Say what to change where the devices' memory is too small; JAX says only by how much."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError(
-            "the memory of the devices is too small for a step: lower per_replica_batch (and raise "
-            "gradient_accumulation_steps to make up for it) or seq, set remat to full, or raise "
-            f"cores_per_replica or zero_stage. {str(error).splitlines()[0]}"
-        ) from error
 
 
 def located(path: str) -> str:

@@ -22,6 +22,7 @@ from mesh_transformer.data.tokenizer import load as load_tokenizer
 from mesh_transformer.errors import UserError
 from mesh_transformer.metrics import MetricsLog
 from mesh_transformer.session import Metrics, Session
+from mesh_transformer.training.memory import memory_for
 
 _IN_FLIGHT = 2  # steps whose metrics are not looked at yet, so that devices never wait for the log
 
@@ -181,6 +182,7 @@ def train(
     Raises:
         TrainingError: A loss or a gradient is not finite and `stop_on_nan` is set; what it spoilt
             is not saved.
+        UserError: The devices' memory is too small.
         DataError: The training data ends before the checkpoint's position, or is corrupt.
     """
     restored = session.restore()
@@ -253,7 +255,8 @@ class _Training:
         """Wait for the metrics of all steps `but` the last few, and log them."""
         while len(self._in_flight) > but:
             step, arrays = self._in_flight.popleft()
-            metrics = {name: float(value) for name, value in arrays.items()}
+            with memory_for("a step"):
+                metrics = {name: float(value) for name, value in arrays.items()}
             self._log.train(step, metrics)
             if self._config.run.stop_on_nan:
                 _check_finite(step, metrics, self._config.optimizer.lr)
