@@ -28,7 +28,7 @@ def main() -> int:
     model.add_argument("--model", metavar="PATH", help="a run's folder, or a step folder in it")
     add = parser.add_argument
     add("--prompt", help="continue this text and end")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="%(default)s if not given")
+    add("--max-new-tokens", type=int, metavar="N", help="half of seq, at most 256, if not given")
     add("--temp", type=float, default=0.75, help="0 is greedy; %(default)s if not given")
     add("--top-p", type=float, default=0.9, help="1 is off; %(default)s if not given")
     add("--top-k", type=int, default=0, help="0 is off; %(default)s if not given")
@@ -50,13 +50,13 @@ def main() -> int:
     from mesh_transformer.serving import text
 
     run = run or stored_config(args.model)
-    text.check_length(args.max_new_tokens, run.model.seq)
+    seq = run.model.seq
+    length = {"max_new_tokens": text.checked_length(args.max_new_tokens, seq), "seq": seq}
     tokens = tokenizer.load(run.data.tokenizer)
     sampling = dataclasses.replace(sampling, stop_ids=(tokens.eot_id,))
     run, devices = one_replica(text.for_tokenizer(run, tokens))
     worker = Worker(run, devices)
     worker.load_weights(args.model or run.checkpoint.root)
-    length = {"max_new_tokens": args.max_new_tokens, "seq": run.model.seq}
     for prompt in text.asked_prompts() if args.prompt is None else [args.prompt]:
         print(prompt, end="", flush=True)
         for piece in text.continuation(worker, tokens, prompt, sampling, **length):

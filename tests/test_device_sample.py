@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,11 +68,11 @@ def command(run: Run, capsys: pytest.CaptureFixture[str]) -> Command:
     return sampled
 
 
-def generated(run: Run, prompt: str, sampling: Sampling, step: int = 40) -> str:
+def generated(run: Run, prompt: str, sampling: Sampling, step: int = 40, n_new: int = N_NEW) -> str:
     """What the library generates."""
     host = Worker(config.load(run.config), jax.devices()[:1])
     host.load_weights(str(run.root / "checkpoints" / f"step_{step}"))
-    return Bytes().decode(host.generate([Bytes().encode(prompt)], sampling, N_NEW).tokens[0])
+    return Bytes().decode(host.generate([Bytes().encode(prompt)], sampling, n_new).tokens[0])
 
 
 def test_a_prompt_is_printed_with_its_continuation_and_nothing_else(
@@ -79,6 +81,16 @@ def test_a_prompt_is_printed_with_its_continuation_and_nothing_else(
     ended = command("--prompt", PROMPT)
     assert ended == (0, f"{PROMPT}{generated(run, PROMPT, DEFAULTS)}\n", "")
     assert len(ended.output) > len(PROMPT) + 5
+
+
+def test_the_command_in_the_help_fills_half_of_a_short_model(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [line] = re.findall(r"^ +python device_sample\.py (.+)$", device_sample.__doc__ or "", re.M)
+    flags = [str(run.config) if "/" in word else word for word in shlex.split(line)]
+    prompt = flags[-1]
+    half = generated(run, prompt, DEFAULTS, n_new=runs.SEQ // 2)
+    assert runs.called(capsys, device_sample.main, *flags) == (0, f"{prompt}{half}\n", "")
 
 
 def test_flags_say_how_tokens_are_drawn(run: Run, command: Command) -> None:

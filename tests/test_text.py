@@ -78,6 +78,13 @@ def test_a_number_of_tokens_without_room_for_a_prompt_is_refused(max_new_tokens:
         pieces(Parrot("x"), "a", max_new_tokens)
 
 
+@pytest.mark.parametrize(("seq", "length"), [(2, 1), (16, 8), (256, 128), (2048, 256)])
+def test_where_no_number_is_asked_for_half_of_the_positions_are_filled(
+    seq: int, length: int
+) -> None:
+    assert text.checked_length(None, seq) == length
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -15,6 +15,7 @@ from mesh_transformer.errors import UserError
 from mesh_transformer.session import Generation, Sampling
 
 _TOKENS_AT_ONCE = 8  # a person reads no faster, and each return to the host costs devices time
+_MOST_UNASKED = 256
 
 _logger = logging.getLogger(__name__)
 
@@ -34,21 +35,24 @@ class Streaming(Protocol):
         ...
 
 
-def check_length(max_new_tokens: int, seq: int) -> None:
-    """Refuse a number of new tokens that leaves no position for a prompt.
+def checked_length(max_new_tokens: int | None, seq: int) -> int:
+    """Return how many new tokens to generate, which leaves at least one position for a prompt.
 
     Args:
-        max_new_tokens: How many are asked for.
+        max_new_tokens: How many are asked for; None is half of the positions, at most 256.
         seq: Positions that the model has.
 
     Raises:
         UserError: It is not from 1 to seq - 1.
     """
+    if max_new_tokens is None:
+        return min(_MOST_UNASKED, seq // 2)
     if not 0 < max_new_tokens < seq:
         raise UserError(
             f"{max_new_tokens} new tokens are asked for; the model has {seq} positions, one of "
             f"them for the prompt: ask for 1 to {seq - 1}"
         )
+    return max_new_tokens
 
 
 def for_tokenizer(config: Config, tokenizer: Tokenizer) -> Config:
@@ -76,11 +80,11 @@ def continuation(
     room for the new tokens loses its beginning, with a warning.
 
     Raises:
-        UserError: `check_length` refuses the number of new tokens.
+        UserError: `checked_length` refuses the number of new tokens.
     """
-    check_length(max_new_tokens, seq)
+    room = seq - checked_length(max_new_tokens, seq)
     ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
-    if len(ids) > (room := seq - max_new_tokens):
+    if len(ids) > room:
         _logger.warning("the prompt has %d tokens; only its last %d are used", len(ids), room)
         ids = ids[-room:]
     text = TextStream(tokenizer)
