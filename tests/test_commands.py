@@ -234,6 +234,33 @@ def test_a_signal_reaches_training_once_and_quickstart_says_how_to_go_on(
     assert running.returncode == status
 
 
+# Read by bash before a script: sends SIGINT as the script comes to a command of the training step.
+SIGNALLED_AT = """
+set -T
+trap '
+    if [[ $* == *device_train.py* && $BASH_COMMAND == {command}* ]]; then
+        trap - DEBUG
+        kill -INT $$
+    fi
+' DEBUG
+"""
+
+
+@pytest.mark.parametrize("command", ["local", "shift", "set\\ -m", "early=", "set\\ +m"])
+def test_a_signal_as_a_step_begins_leaves_nothing_running(
+    checkout: Checkout, command: str, tmp_path: pathlib.Path
+) -> None:
+    """Training would end when its input does, here after ./quickstart has ended."""
+    (checkout.root / "device_train.py.real").write_text("input()\nprint('left running')")
+    hook = tmp_path / "hook"
+    hook.write_text(SIGNALLED_AT.format(command=command))
+    with checkout.start("quickstart", BASH_ENV=str(hook)) as running:
+        running.wait()
+        output, _ = running.communicate("\n")
+    assert running.returncode == 130
+    assert "left running" not in output and "./quickstart goes on from there" in output
+
+
 def test_ctrl_c_at_a_terminal_reaches_training_once(checkout: Checkout) -> None:
     (checkout.root / "device_train.py.real").write_text(INTERRUPTIBLE)
     terminal = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
