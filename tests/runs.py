@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from processes import Ended
 
 import create_finetune_tfrecords
 from mesh_transformer import config, metrics_file
@@ -51,20 +52,6 @@ KEYS: dict[str, Any] = {
     "keep_n": 2,
     "name": "tiny",
 }
-
-
-class Ended(NamedTuple):
-    """How a command ended.
-
-    Attributes:
-        status: Its exit status.
-        output: What it wrote to standard output.
-        told: What it wrote to standard error.
-    """
-
-    status: int
-    output: str
-    told: str
 
 
 class Run(NamedTuple):
@@ -152,24 +139,6 @@ def make(folder: Path, **keys: Any) -> Run:
     path = folder / "run.json"
     path.write_text(json.dumps(KEYS | sets | {"model_dir": str(folder / "run")} | keys))
     return Run(path, folder / "run", folder / "compiled")
-
-
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
-    """Wait for something that a process does; False if it ends without."""
-    while not happened():
-        try:
-            process.wait(timeout=0.002)
-        except subprocess.TimeoutExpired:
-            continue
-        return happened()
-    return True
-
-
-def ended(process: subprocess.Popen[str]) -> Ended:
-    """Wait for a process."""
-    with process:
-        output, told = process.communicate()
-    return Ended(process.returncode, output, told)
 
 
 def called(

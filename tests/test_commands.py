@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import Ended, ended, killed_if_late, read_until
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -26,6 +27,7 @@ esac
 # Says that it runs, then waits for signals; at the end tells how often it was signalled.
 INTERRUPTIBLE = """
 import select, signal, socket
+signal.alarm(300)  # ends it where a test fails
 reader, writer = socket.socketpair()
 writer.setblocking(False)
 signal.set_wakeup_fd(writer.fileno())
@@ -72,12 +74,8 @@ class Checkout:
             stderr=subprocess.PIPE,
         )
 
-    def run(
-        self, name: str, *arguments: str, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        with self.start(name, *arguments, **environment) as running:
-            output, errors = running.communicate()
-        return subprocess.CompletedProcess(running.args, running.returncode, output, errors)
+    def run(self, name: str, *arguments: str, **environment: str) -> Ended:
+        return ended(self.start(name, *arguments, **environment))
 
     def calls(self) -> list[str]:
         """Return what the stand-in was asked to do since the last time this was asked."""
@@ -95,9 +93,9 @@ FAST = "-m pytest -m not slow"
 
 
 def test_the_project_is_installed_once(checkout: Checkout) -> None:
-    assert checkout.run("test").returncode == 0
+    assert checkout.run("test").status == 0
     assert checkout.calls() == ["venv", "pip .[test]", FAST]
-    assert checkout.run("test").returncode == 0
+    assert checkout.run("test").status == 0
     assert checkout.calls() == [FAST]
 
 
@@ -131,17 +129,17 @@ def test_an_unfinished_installation_is_begun_anew(checkout: Checkout) -> None:
     failing = pathlib.Path(f"{checkout.log}.fail")
     failing.touch()
     done = checkout.run("test")
-    assert done.returncode == 1 and "tries again" in done.stderr
+    assert done.status == 1 and "tries again" in done.told
     assert checkout.calls() == ["venv", "pip .[test]"]
     failing.unlink()
-    assert checkout.run("test").returncode == 0
+    assert checkout.run("test").status == 0
     assert checkout.calls() == ["venv", "pip .[test]", FAST]
 
 
 def test_a_folder_that_is_someone_elses_is_left_alone(checkout: Checkout) -> None:
     (checkout.root / "mine").mkdir()
     done = checkout.run("test", VENV="mine")
-    assert done.returncode == 1 and "VENV=another-folder" in done.stderr
+    assert done.status == 1 and "VENV=another-folder" in done.told
     assert checkout.calls() == []
 
 
@@ -156,13 +154,13 @@ def test_an_unusable_python_is_named_with_the_reason(
     old.write_text(f"#!/bin/sh\n{program}\n")
     old.chmod(0o755)
     done = checkout.run("test", PYTHON=str(old))
-    assert done.returncode == 1
-    assert reason in done.stderr and "Needed: Python 3.11 to 3.13" in done.stderr
+    assert done.status == 1
+    assert reason in done.told and "Needed: Python 3.11 to 3.13" in done.told
 
 
 def test_a_missing_python_is_reported(checkout: Checkout) -> None:
     done = checkout.run("test", PYTHON="no-such-python")
-    assert done.returncode == 1 and "nothing named no-such-python" in done.stderr
+    assert done.status == 1 and "nothing named no-such-python" in done.told
 
 
 def test_arguments_go_to_pytest(checkout: Checkout) -> None:
@@ -185,39 +183,34 @@ STEPS = [
 
 def test_quickstart_goes_through_its_steps(checkout: Checkout) -> None:
     done = checkout.run("quickstart")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.told
     calls = checkout.calls()
     assert calls[:2] == ["venv", "pip ."]
     assert calls[2:-1] == STEPS
     sampling = "device_sample.py --config configs/quickstart.json --prompt def __init__(self, "
     assert calls[-1].startswith(sampling)
-    assert "runs/quickstart/loss.png" in done.stdout
+    assert "runs/quickstart/loss.png" in done.output
 
 
 def test_quickstart_prepares_data_once_and_starts_over_when_asked(checkout: Checkout) -> None:
     (checkout.root / "data").mkdir()
     for side in ("train", "val"):
         (checkout.root / f"data/quickstart.{side}.index").write_text("records\n")
-    assert checkout.run("quickstart", "--new").returncode == 0
+    assert checkout.run("quickstart", "--new").status == 0
     assert checkout.calls()[2:4] == [STEPS[3] + " --new", STEPS[4]]
 
 
 def test_quickstart_stops_at_a_step_that_fails(checkout: Checkout) -> None:
     (checkout.root / "device_train.py.real").write_text("raise SystemExit(7)")
     done = checkout.run("quickstart")
-    assert done.returncode == 7 and "exit status 7" in done.stderr
+    assert done.status == 7 and "exit status 7" in done.told
     assert checkout.calls()[-1] == STEPS[2]
 
 
 def test_quickstart_refuses_unknown_arguments(checkout: Checkout) -> None:
     done = checkout.run("quickstart", "--knew")
-    assert done.returncode == 2 and "./quickstart --new" in done.stdout
+    assert done.status == 2 and "./quickstart --new" in done.output
     assert checkout.calls() == []
-
-
-def read_until(line: str, running: subprocess.Popen[str]) -> None:
-    assert running.stdout is not None
-    assert any(found.strip() == line for found in running.stdout)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -228,10 +221,10 @@ def test_a_signal_reaches_training_once_and_quickstart_says_how_to_go_on(
     with checkout.start("quickstart") as running:
         read_until("training", running)
         running.send_signal(number)
-        rest, _ = running.communicate()
-    assert "committed after SIGTERM\n" in rest
-    assert "./quickstart goes on from there" in rest
-    assert running.returncode == status
+        done = ended(running)
+    assert "committed after SIGTERM\n" in done.output
+    assert "./quickstart goes on from there" in done.output
+    assert done.status == status
 
 
 # Read by bash before a script: sends SIGINT as the script comes to a command of the training step.
@@ -255,10 +248,11 @@ def test_a_signal_as_a_step_begins_leaves_nothing_running(
     hook = tmp_path / "hook"
     hook.write_text(SIGNALLED_AT.format(command=command))
     with checkout.start("quickstart", BASH_ENV=str(hook)) as running:
-        running.wait()
-        output, _ = running.communicate("\n")
-    assert running.returncode == 130
-    assert "left running" not in output and "./quickstart goes on from there" in output
+        with killed_if_late(running):
+            running.wait()
+        done = ended(running, "\n")
+    assert done.status == 130
+    assert "left running" not in done.output and "./quickstart goes on from there" in done.output
 
 
 def test_ctrl_c_at_a_terminal_reaches_training_once(checkout: Checkout) -> None:
@@ -266,6 +260,6 @@ def test_ctrl_c_at_a_terminal_reaches_training_once(checkout: Checkout) -> None:
     terminal = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
     with checkout.start_by([sys.executable, "-c", terminal], "quickstart") as running:
         read_until("training", running)
-        rest, _ = running.communicate("\x03")
-    assert "committed after SIGTERM\n" in rest
-    assert running.returncode == 130
+        done = ended(running, "\x03")
+    assert "committed after SIGTERM\n" in done.output
+    assert done.status == 130

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 import pytest
 import runs
-from runs import Ended, Run
+from processes import Ended
+from runs import Run
 
 import device_sample
 from mesh_transformer import config

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import runs
-from runs import Ended, Run
+from processes import Ended, ended
+from runs import Run
 
 import device_train
 from mesh_transformer.pod.worker import Worker
@@ -165,7 +166,7 @@ def test_ctrl_c_before_training_is_one_line(trained: Run, tmp_path: Path) -> Non
     process = trained.start("device_train.py", "--config", str(pipe))
     with open(pipe, "w"):
         process.send_signal(signal.SIGINT)
-    assert runs.ended(process) == (130, "", f"\nStopped. {device_train.GO_ON}\n")
+    assert ended(process) == (130, "", f"\nStopped. {device_train.GO_ON}\n")
 
 
 def test_ctrl_c_while_data_is_opened_is_one_line(

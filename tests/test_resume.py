@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import runs
+from processes import ended, wait_until
 from runs import Run
 
 from mesh_transformer.checkpoints import layout
@@ -35,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def uninterrupted(folder: Path, **keys: Any) -> Run:
     """A run that nothing stops, and of which no package has anything to say."""
     run = runs.make(folder, **keys)
-    status, _, told = runs.ended(run.train())
+    status, _, told = ended(run.train())
     assert status == 0, told
     assert told.startswith("tiny: ") and told.count("\n") == 1
     return run
@@ -66,9 +67,9 @@ def saving(run: Run, step: int, inside: str = "") -> Callable[[], bool]:
 def kill(run: Run, when: Callable[[], bool]) -> None:
     """Start or resume a run and kill it once something has happened."""
     process = run.train()
-    assert runs.wait_until(when, process), runs.ended(process)
+    assert wait_until(when, process), ended(process)
     process.kill()
-    assert runs.ended(process)[0] == -signal.SIGKILL
+    assert ended(process)[0] == -signal.SIGKILL
 
 
 def kill_after(run: Run, seconds: float) -> None:
@@ -77,11 +78,11 @@ def kill_after(run: Run, seconds: float) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=seconds)
     process.kill()
-    assert runs.ended(process)[0] in (-signal.SIGKILL, 0)
+    assert ended(process)[0] in (-signal.SIGKILL, 0)
 
 
 def finish(run: Run) -> None:
-    status, output, errors = runs.ended(run.train())
+    status, output, errors = ended(run.train())
     assert status == 0 and f"Trained to step {TOTAL}." in output, errors
 
 
@@ -103,9 +104,9 @@ def test_a_run_killed_while_saving_then_stopped_in_a_step_ends_as_if_never_stopp
     kill(run, saving(run, 10, inside="state"))
     happened = logged(run, 11)
     process = run.train()
-    assert runs.wait_until(happened, process), runs.ended(process)
+    assert wait_until(happened, process), ended(process)
     process.terminate()
-    status, output, errors = runs.ended(process)
+    status, output, errors = ended(process)
     assert status == 128 + signal.SIGTERM
     assert "SIGTERM: stopping once a checkpoint is saved; again stops at once" in errors
     last = max(run.steps())
