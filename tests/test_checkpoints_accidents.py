@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from processes import ended
 from saved_states import assert_same, like, mesh, saved, state_on
 
 from mesh_transformer.checkpoints import layout, native
@@ -278,9 +279,10 @@ def test_a_run_killed_at_any_time_goes_on_from_its_last_committed_checkpoint(tmp
     rng = random.Random(os.environ.get("KILL_SEED", "0"))
     committed = 0
     for _ in range(int(os.environ.get("KILL_TIMES", "3"))):
-        with started(KILLED, tmp_path, tmp_path / "run", rng.uniform(0, 0.5)) as process:
-            output, told = process.communicate()
-        assert process.returncode == -signal.SIGKILL, told
+        status, output, told = ended(
+            started(KILLED, tmp_path, tmp_path / "run", rng.uniform(0, 0.5))
+        )
+        assert status == -signal.SIGKILL, told
         lines = [line.split() for line in output.splitlines()]
         assert lines[0][0] == "restored"
         assert int(lines[0][1]) >= committed
