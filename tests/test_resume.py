@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,12 +71,9 @@ def kill(run: Run, when: Callable[[], bool]) -> None:
 
 
 def kill_after(run: Run, seconds: float) -> None:
-    """Start or resume a run and kill it after a time, if it has not ended by then."""
-    process = run.train()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=seconds)
-    process.kill()
-    assert ended(process)[0] in (-signal.SIGKILL, 0)
+    """Start or resume a run and kill it after a time, or a few steps before its end if sooner."""
+    end, ending = time.monotonic() + seconds, logged(run, TOTAL - 4)
+    kill(run, lambda: time.monotonic() > end or ending())
 
 
 def finish(run: Run) -> None:
