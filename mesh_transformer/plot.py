@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ RAW, SMOOTH, RATE = "#9db8d9", "#1f4e8c", "#555555"
 VALIDATION = ("#d1495b", "#2e8b57", "#e09f3e", "#7b4fa3", "#0f7173", "#8c564b")
 WINDOW_SHARE = 50
 """The smoothed curve averages over windows of one such part of the run."""
+FORMATS = ("png", "svg", "pdf", "eps", "jpg", "webp")
 
 
 class NothingToPlotError(UserError):
@@ -35,12 +37,17 @@ def plot(source: str, output: str, title: str | None = None) -> None:
 
     Args:
         source: A metrics file, or the folder of a run; local or remote.
-        output: Image file to write; its ending (.png, .svg, .pdf) chooses the format.
+        output: Image file to write; its ending chooses one of `FORMATS`, png if it has none.
         title: Left out, one with the name of the run's folder.
 
     Raises:
         NothingToPlotError: There is no metrics file, or no step in it.
+        UserError: The output's ending is not a format.
     """
+    format_ = os.path.splitext(output)[1].removeprefix(".").lower() or FORMATS[0]
+    if format_ not in FORMATS:
+        endings = ", ".join(f".{known}" for known in FORMATS)
+        raise UserError(f"{output}: an image ends in one of {endings}")
     try:
         lines = metrics_file.read(source)
     except FileNotFoundError as error:
@@ -49,7 +56,7 @@ def plot(source: str, output: str, title: str | None = None) -> None:
         ) from error
     figure = draw(lines, source, title or f"{_run_name(source)}: training and validation loss")
     image = io.BytesIO()
-    figure.savefig(image, format=os.path.splitext(output)[1].lstrip(".") or "png")
+    figure.savefig(image, format=format_)
     storage.write_bytes_atomically(output, image.getvalue())
 
 
@@ -191,6 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--title", help="default: names the run's folder")
     given = parser.parse_args(arguments)
     plot(given.source, given.output, given.title)
+    sys.stdout.write(f"The loss curve is in {given.output}\n")
     return 0
 
 

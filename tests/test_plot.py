@@ -58,13 +58,41 @@ def test_tokens_are_left_out_where_the_batch_changed_on_the_way() -> None:
     assert plot.draw(changed, "run", "title").axes[0].child_axes == []
 
 
-@pytest.mark.parametrize("ending", ["png", "svg"])
-def test_the_ending_of_the_output_chooses_its_format(tmp_path: pathlib.Path, ending: str) -> None:
+STARTS = {
+    "png": b"\x89PNG",
+    "svg": b"<?xml",
+    "pdf": b"%PDF",
+    "eps": b"%!PS",
+    "jpg": b"\xff\xd8",
+    "webp": b"RIFF",
+}
+
+
+@pytest.mark.parametrize("format_", plot.FORMATS)
+def test_the_ending_of_the_output_chooses_its_format_and_the_output_is_named(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], format_: str
+) -> None:
     _write(tmp_path, RUN)
-    output = tmp_path / f"loss.{ending}"
-    plot.main([str(tmp_path), "--output", str(output)])
-    start = {"png": b"\x89PNG", "svg": b"<?xml"}[ending]
-    assert output.read_bytes().startswith(start)
+    output = tmp_path / f"loss.{format_}"
+    assert plot.main([str(tmp_path), "--output", str(output)]) == 0
+    assert output.read_bytes().startswith(STARTS[format_])
+    assert capsys.readouterr().out == f"The loss curve is in {output}\n"
+
+
+def test_another_ending_is_refused_with_those_there_are(tmp_path: pathlib.Path) -> None:
+    _write(tmp_path, RUN)
+    with pytest.raises(UserError, match=r"loss\.foo: .* one of \.png, \.svg, \.pdf"):
+        plot.main([str(tmp_path), "--output", str(tmp_path / "loss.foo")])
+    assert not (tmp_path / "loss.foo").exists()
+
+
+@pytest.mark.parametrize("name", ["loss", "loss.PNG"])
+def test_an_output_without_an_ending_is_a_png_and_capitals_are_no_matter(
+    tmp_path: pathlib.Path, name: str
+) -> None:
+    _write(tmp_path, RUN)
+    plot.plot(str(tmp_path), str(tmp_path / name))
+    assert (tmp_path / name).read_bytes().startswith(STARTS["png"])
 
 
 def test_a_run_of_one_step_can_be_drawn(tmp_path: pathlib.Path) -> None:
