@@ -19,7 +19,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -203,10 +203,6 @@ class MetricsLog:
             message += f", {bits_per_byte:.4f} bits/byte"
         self._write({"step": step, **fields})
         self._progress.say(message)
-
-    def record(self, step: int, fields: Mapping[str, float]) -> None:
-        """Log any other figures of a step, such as an evaluation task's, under their own names."""
-        self._write({"step": step, **{name: float(value) for name, value in fields.items()}})
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -145,18 +145,6 @@ def exists(path: str) -> bool:
         return any(other == key or other.startswith(key.rstrip("/") + "/") for other in found)
 
 
-def files_under(folder: str) -> list[str]:
-    """List the full paths of all files under a folder, however deep, sorted; none is no error."""
-    if not is_remote(folder):
-        walk = os.walk(folder)
-        return sorted(os.path.join(parent, name) for parent, _, names in walk for name in names)
-    bucket, key = _split(folder)
-    root = folder.rstrip("/")[: -len(key.rstrip("/"))] if key else folder.rstrip("/") + "/"
-    prefix = key.rstrip("/") + "/" if key else ""
-    with _named_errors(folder):
-        return sorted(root + found for found in _store(folder).keys(bucket, prefix))
-
-
 class _GoogleStore:
     """The few calls to Google Cloud Storage that smart-open does not make."""
 

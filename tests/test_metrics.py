@@ -202,12 +202,6 @@ def test_validation_logs_and_says_loss_accuracy_and_bits_per_byte(tmp_path: path
     ]
 
 
-def test_other_figures_are_logged_under_their_own_names(tmp_path: pathlib.Path) -> None:
-    with open_log(tmp_path) as log:
-        log.record(3, {"lambada/acc": 0.5})
-    assert metrics_file.read(str(tmp_path)) == [{"step": 3, "lambada/acc": 0.5}]
-
-
 def test_trackers_get_the_numbers_of_each_line_that_are_known(tmp_path: pathlib.Path) -> None:
     sink = Screen()
     with MetricsLog(

@@ -100,16 +100,6 @@ def test_files_and_folders_exist_once_written(root: str) -> None:
     assert not storage.exists(storage.join(root, "step_1"))
 
 
-def test_listing_a_folder_gives_full_paths_of_its_files_alone(root: str) -> None:
-    for name in ("b", "deep/a", "deep/er/c"):
-        storage.write_bytes_atomically(storage.join(root, *name.split("/")), b"x")
-    storage.write_bytes_atomically(root + "_other", b"x")
-    expected = [storage.join(root, *name.split("/")) for name in ("b", "deep/a", "deep/er/c")]
-    assert storage.files_under(root) == expected
-    assert storage.files_under(root + "/") == expected
-    assert storage.files_under(storage.join(root, "none")) == []
-
-
 def test_a_missing_file_is_a_file_not_found_error_that_names_it(root: str) -> None:
     path = storage.join(root, "none.txt")
     with pytest.raises(FileNotFoundError, match=r"none\.txt"):
@@ -135,7 +125,7 @@ def test_a_store_that_refuses_is_one_error_that_says_how_to_log_in(
     remote: str, buckets: FakeBuckets
 ) -> None:
     buckets.refuses = True
-    for call in (storage.read_bytes, storage.exists, storage.files_under):
+    for call in (storage.read_bytes, storage.exists):
         with pytest.raises(storage.StorageError, match=f"{remote}.*To log in: "):
             call(remote)
     with pytest.raises(storage.StorageError, match=f"{remote}.*To log in: "):

@@ -42,14 +42,12 @@ class Decoder(hk.Module):
         cache: Cache | None = None,
         *,
         targets_BT: jax.Array | None = None,
-        read_B1: jax.Array | None = None,
     ) -> tuple[Any, Cache | None]:
         """Return what follows the tokens, and the cache after them.
 
         Args:
             positions_BT: int32; B may be 1 where all sequences agree.
             targets_BT: If given, the first result is the `TokenLoss` of these, not logits.
-            read_B1: If given, logits are made at this one token of each sequence only.
 
         Returns:
             `logits_BTV` (float32, split over `mp`) or a `TokenLoss`; and the cache, if one came in.
@@ -82,8 +80,6 @@ class Decoder(hk.Module):
             (x_BTD, cache), jnp.arange(cfg.layers)
         )
         x_BTD = Norm(cfg, name="final_norm")(x_BTD)
-        if read_B1 is not None:
-            x_BTD = jnp.take_along_axis(x_BTD, read_B1[..., None], axis=1)
         # Read outside what backward recomputes: a spread head is then gathered once.
         head = Unembed(cfg, name="unembed")()
         if targets_BT is None:
@@ -100,7 +96,7 @@ class Model(NamedTuple):
 
     Attributes:
         init: key -> params.
-        apply: params, tokens_BT, positions_BT, cache, targets_BT=, read_B1= -> as `Decoder`.
+        apply: params, tokens_BT, positions_BT, cache, targets_BT= -> as `Decoder`.
     """
 
     init: Callable[[jax.Array], hk.Params]
