@@ -1,14 +1,21 @@
-"""What a person sees of a training run: a progress bar on a terminal, plain lines anywhere else."""
+"""What a person sees of training or of preparing data: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import sys
 import time
-from collections.abc import Callable
-from typing import IO, NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import IO, TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import rich.progress
 
 SECONDS_BETWEEN_LINES = 10.0
+
+Advance = Callable[[int], object]
+"""Tells that so much more is done."""
 
 
 class Status(NamedTuple):
@@ -62,21 +69,16 @@ class Lines:
     ) -> None:
         self._total_steps = total_steps
         self._stream = stream
-        self._clock = clock
-        self._next_line_at = -float("inf")
+        self._rate = _Rate(clock)
 
     def show(self, step: int, status: Status) -> None:
         """Write a line if ten seconds have passed since the last, or it is the last step."""
-        now = self._clock()
-        if now < self._next_line_at and step < self._total_steps:
-            return
-        self._next_line_at = now + SECONDS_BETWEEN_LINES
-        self.say(f"step {step}/{self._total_steps}  {status}")
+        if self._rate.allows() or step >= self._total_steps:
+            self.say(f"step {step}/{self._total_steps}  {status}")
 
     def say(self, message: str) -> None:
         """Write a line."""
-        self._stream.write(message + "\n")
-        self._stream.flush()
+        _write_line(self._stream, message)
 
     def close(self) -> None:
         """Leave the stream open: it belongs to the caller."""
@@ -86,15 +88,14 @@ class Bar:
     """Progress as one live line under the messages of the run."""
 
     def __init__(self, total_steps: int, stream: IO[str], step: int = 0) -> None:
-        import rich.console
         import rich.progress
 
-        self._bar = rich.progress.Progress(
+        self._bar = _bar(
+            stream,
             rich.progress.SpinnerColumn(),
             rich.progress.TextColumn("{task.completed}/{task.total}"),
             rich.progress.BarColumn(bar_width=16),
             rich.progress.TextColumn("{task.description}"),
-            console=rich.console.Console(file=stream, highlight=False, markup=False),
         )
         self._task = self._bar.add_task("compiling", total=total_steps, completed=step)
         self._bar.start()
@@ -118,6 +119,88 @@ def for_stream(total_steps: int, step: int = 0, stream: IO[str] | None = None) -
     if stream.isatty():
         return Bar(total_steps, stream, step)
     return Lines(total_steps, stream)
+
+
+@contextlib.contextmanager
+def stage(
+    name: str,
+    total: int,
+    stream: IO[str] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Advance]:
+    """Show a stage of a preparation while the `with` block runs; standard error by default.
+
+    Args:
+        name: What is being done.
+        total: What the advances will add up to.
+        stream: Where to show it.
+        clock: Seconds that only go forward.
+    """
+    stream = sys.stderr if stream is None else stream
+    is_terminal = stream.isatty()
+    shown = _as_bar(name, total, stream) if is_terminal else _as_lines(name, total, stream, clock)
+    with shown as advance:
+        yield advance
+
+
+@contextlib.contextmanager
+def _as_bar(name: str, total: int, stream: IO[str]) -> Iterator[Advance]:
+    import rich.progress
+
+    columns = (
+        rich.progress.TextColumn("{task.description:<12}"),
+        rich.progress.BarColumn(),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with _bar(stream, *columns) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+@contextlib.contextmanager
+def _as_lines(
+    name: str, total: int, stream: IO[str], clock: Callable[[], float]
+) -> Iterator[Advance]:
+    begin, done, rate = clock(), 0, _Rate(clock)
+    rate.allows()  # the first line can wait: most stages are over by then
+
+    def advance(n: int) -> None:
+        nonlocal done
+        done += n
+        if rate.allows():
+            _write_line(stream, f"{name}: {done / max(total, 1):.0%}")
+
+    yield advance
+    _write_line(stream, f"{name}: done in {clock() - begin:.1f} s")
+
+
+class _Rate:
+    """Allows a line at once, and the next whenever ten seconds have passed."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._next_line_at = -float("inf")
+
+    def allows(self) -> bool:
+        now = self._clock()
+        if now < self._next_line_at:
+            return False
+        self._next_line_at = now + SECONDS_BETWEEN_LINES
+        return True
+
+
+def _write_line(stream: IO[str], message: str) -> None:
+    stream.write(message + "\n")
+    stream.flush()
+
+
+def _bar(stream: IO[str], *columns: rich.progress.ProgressColumn) -> rich.progress.Progress:
+    import rich.console
+    import rich.progress
+
+    console = rich.console.Console(file=stream, highlight=False, markup=False)
+    return rich.progress.Progress(*columns, console=console)
 
 
 def _three_digits(rate: float) -> str:

@@ -30,7 +30,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
         "checkpoints checkpoints.fingerprint checkpoints.retention checkpoints.layout"
         " checkpoints.reading checkpoints.native"
         " checkpoints.roles checkpoints.original checkpoints.huggingface",
-        "data data.cleaning data.meter data.framing data.documents data.tokenizer data.packing"
+        "data data.cleaning data.framing data.documents data.tokenizer data.packing"
         " data.dataset data.tfrecord data.jsonl data.webdataset data.encoding data.batches"
         " data.prepare",
     ),

@@ -17,7 +17,7 @@ import pytest
 from original_data import FOLDER, SETS, StubTokenizer, expected
 
 import create_finetune_tfrecords
-from mesh_transformer.data import DataError, dataset, encoding, meter, prepare, tokenizer
+from mesh_transformer.data import DataError, dataset, encoding, prepare, tokenizer
 from mesh_transformer.data.batches import ValidationBatches
 from mesh_transformer.data.prepare import Options
 
@@ -374,27 +374,3 @@ def test_a_stopped_command_leaves_nothing_behind(
     )
     assert done.returncode == status and "Stopped. Nothing was written." in done.stderr
     assert "Traceback" not in done.stderr and made_files(tmp_path) == []
-
-
-class Terminal:
-    """Text that a terminal would show."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def isatty(self) -> bool:
-        return True
-
-    def write(self, text: str) -> int:
-        self.text += text
-        return len(text)
-
-    def flush(self) -> None:
-        pass
-
-
-def test_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    with meter.stage("Writing", 4, terminal) as advance:  # type: ignore[arg-type]
-        advance(4)
-    assert "Writing" in terminal.text and "100%" in terminal.text

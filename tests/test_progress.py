@@ -90,6 +90,26 @@ def test_a_terminal_gets_a_bar_and_its_cursor_back(monkeypatch: pytest.MonkeyPat
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
 
 
+def test_a_stage_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    terminal = Terminal()
+    with progress.stage("Writing", 4, terminal) as advance:
+        advance(4)
+    shown = terminal.getvalue()
+    assert "Writing" in shown and "100%" in shown
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+
+
+def test_a_stage_elsewhere_is_a_line_each_ten_seconds_and_one_at_its_end() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with progress.stage("Writing", 200, stream, clock) as advance:
+        for _ in range(100):
+            clock.now += 0.25
+            advance(2)
+    assert stream.getvalue() == "Writing: 40%\nWriting: 80%\nWriting: done in 25.0 s\n"
+
+
 def test_standard_output_is_where_progress_goes(capsys: pytest.CaptureFixture[str]) -> None:
     progress.for_stream(10).say("hello")
     assert capsys.readouterr().out == "hello\n"

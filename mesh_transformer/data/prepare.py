@@ -15,8 +15,8 @@ from typing import IO
 
 import numpy as np
 
-from mesh_transformer import storage
-from mesh_transformer.data import DataError, dataset, documents, framing, meter, packing
+from mesh_transformer import progress, storage
+from mesh_transformer.data import DataError, dataset, documents, framing, packing
 from mesh_transformer.data.encoding import Encoder, encode_to
 from mesh_transformer.data.tokenizer import Tokenizer
 
@@ -208,7 +208,7 @@ def _tokenise(
     separator = None if options.treat_eot_as_text else tokenizer.eot_text
     n_input = sum(file.stat().st_size for file in files)
     workers = workers or min(len(os.sched_getaffinity(0)), 1 + n_input // _BYTES_PER_WORKER)
-    with meter.stage("Tokenising", n_input) as advance:
+    with progress.stage("Tokenising", n_input) as advance:
         pieces = (p for file in files for p in documents.read(file, separator, advance=advance))
         return encode_to(spool, pieces, encoder, workers)
 
@@ -236,7 +236,7 @@ def _write(
     passes = packing.passes(texts, length, options.n_repack_epochs, rng, keep)
     losses: list[Loss] = []
     n_expected = len(texts.tokens) // length * options.n_repack_epochs
-    with meter.stage("Writing", n_expected) as advance, path.open("wb") as file:
+    with progress.stage("Writing", n_expected) as advance, path.open("wb") as file:
 
         def sequences() -> Iterator[np.ndarray]:
             for one in passes:
