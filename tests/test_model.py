@@ -24,6 +24,7 @@ import pytest
 import small
 
 from mesh_transformer import config
+from mesh_transformer.errors import UserError
 from mesh_transformer.model.attention import implementation_for
 from mesh_transformer.model.decoder import make_model
 from mesh_transformer.model.layers import Norm, RelativePositions, rotary_angles, rotate
@@ -296,12 +297,58 @@ def test_each_platform_gets_the_best_attention_it_can_run(
     assert implementation_for(model, device(platform, kind)) == expected
 
 
-def test_an_attention_that_cannot_run_says_every_reason_and_what_to_do() -> None:
-    model = model_config(attention="splash", seq=100)
-    with pytest.raises(ValueError, match='"attention"') as error:
-        implementation_for(model, device("tpu", "TPU v3"))
-    for text in ("TPU v4 or newer, this is TPU v3", "seq is 100", "d_head", 'to "auto" or "xla"'):
-        assert text in str(error.value)
+A100, H100, V3 = ("gpu", "NVIDIA A100"), ("gpu", "NVIDIA H100"), ("tpu", "TPU v3")
+
+
+@pytest.mark.parametrize(
+    ("name", "on", "keys", "reasons"),
+    [
+        ("cudnn", A100, {"compute_dtype": "float32"}, ['it needs "compute_dtype": "bfloat16"']),
+        ("cudnn", A100, {"d_head": 136}, ["it needs d_head a multiple of 8 up to 128, it is 136"]),
+        ("cudnn", H100, {"d_head": 264}, ["it needs d_head a multiple of 8 up to 256, it is 264"]),
+        ("cudnn", H100, {"d_head": 68}, ["it needs d_head a multiple of 8 up to 256, it is 68"]),
+        ("cudnn", H100, {"seq": 100}, ["it needs seq a multiple of 128, seq is 100"]),
+        ("cudnn", H100, {"pe": "t5"}, ["it takes no bias, which pe t5 adds"]),
+        ("splash", ("tpu", "TPU v4"), {"pe": "t5"}, ["it takes no bias, which pe t5 adds"]),
+        (
+            "cudnn",
+            ("gpu", "Tesla T4"),
+            {"compute_dtype": "float32", "d_head": 4, "seq": 100, "pe": "t5"},
+            [
+                "it needs an NVIDIA GPU from Ampere on, this is Tesla T4",
+                'it needs "compute_dtype": "bfloat16"',
+                "it needs d_head a multiple of 8 up to 256, it is 4",
+                "it needs seq a multiple of 128, seq is 100",
+                "it takes no bias, which pe t5 adds",
+            ],
+        ),
+        (
+            "splash",
+            V3,
+            {"d_head": 64, "seq": 100, "pe": "t5"},
+            [
+                "it needs a TPU v4 or newer, this is TPU v3",
+                "it needs seq a multiple of 128, seq is 100",
+                "it needs d_head a multiple of 128, it is 64",
+                "it takes no bias, which pe t5 adds",
+            ],
+        ),
+        ("splash", H100, {}, ["it needs a TPU v4 or newer, this is NVIDIA H100"]),
+        ("cudnn", V3, {}, ["it needs an NVIDIA GPU from Ampere on, this is TPU v3"]),
+    ],
+)
+def test_an_attention_that_cannot_run_says_every_reason_and_what_to_do(
+    name: str, on: tuple[str, str], keys: dict[str, Any], reasons: list[str]
+) -> None:
+    """Asked of a stand-in, as no configuration holds all of this: cuDNN in float32 is refused."""
+    fits_any = {"compute_dtype": "bfloat16", "d_head": 128, "seq": 256, "pe": "rotary"}
+    model: Any = types.SimpleNamespace(**fits_any | keys, attention=name)
+    with pytest.raises(UserError) as error:
+        implementation_for(model, device(*on))
+    assert str(error.value) == (
+        f'"attention": "{name}" cannot be used: {"; ".join(reasons)}; '
+        'set "attention" to "auto" or "xla"'
+    )
 
 
 if __name__ == "__main__":
