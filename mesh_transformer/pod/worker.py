@@ -235,6 +235,8 @@ class Worker:
     def load_weights(self, path: str) -> None:
         """Take the weights of a run or step folder, to evaluate and sample with; no optimizer.
 
+        One replica keeps them in the compute dtype alone, which is what it computes with.
+
         Raises:
             native.CheckpointError: There is no such checkpoint, or it is damaged or of another
                 model than the configuration's.
@@ -244,7 +246,11 @@ class Worker:
         params = native.restore_params(
             folder, self.steps.state.params, config=self.config.to_flat()
         )
-        self.state = TrainState(jnp.int32(0), params, ())
+        alone = self.mesh.shape["dp"] == 1  # or masters may be spread, which copies never are
+        with memory_for("weights"):
+            weights = self.steps.copies(params) if alone else params
+        self.state = TrainState(jnp.int32(0), weights, ())
+        self._copies = weights if alone else None
 
     def close(self) -> None:
         """Wait for a save under way; raises if it failed."""

@@ -10,11 +10,12 @@ import jax
 
 from mesh_transformer.errors import UserError
 
-Use = Literal["a step", "weights and moments", "scoring", "sampling"]
+Use = Literal["a step", "weights", "weights and moments", "scoring", "sampling"]
 
 _ADVICE: dict[Use, str] = {
     "a step": "lower per_replica_batch (and raise gradient_accumulation_steps to make up for it) "
     "or seq, set remat to full, or raise cores_per_replica or zero_stage",
+    "weights": "raise cores_per_replica",
     "weights and moments": "raise cores_per_replica or, with several replicas, zero_stage",
     "scoring": "score fewer or shorter sequences at once (val_batch_multiplier, seq), or raise "
     "cores_per_replica",
