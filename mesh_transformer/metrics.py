@@ -1,7 +1,8 @@
 """The metrics of a training run: to its file, to a person, to trackers.
 
 But for timing, a run that was killed and resumed logs the lines of one that was not, to the bit.
-For that, a loop logs step s and its validations, and flushes, before it saves checkpoint s:
+For that, a loop logs step s and its validations, and flushes, before it saves checkpoint s; what a
+signal has cut off of a validation is made up for when the run goes on:
 
     with MetricsLog.for_run(config, step=restored.step, n_devices=8, device_kind="TPU v3") as log:
         for step in range(restored.step + 1, total_steps + 1):

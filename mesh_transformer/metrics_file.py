@@ -82,6 +82,16 @@ def drop_after(path: str, step: int) -> list[Line]:
     return kept
 
 
+def validated(path: str, step: int) -> set[str]:
+    """Name the validation sets that have a line of a step in a metrics file, if there is one."""
+    try:
+        lines = read(path)
+    except FileNotFoundError:
+        return set()
+    keys = {key for line in lines if line["step"] == step for key in line}
+    return {key.removeprefix("val/loss_") for key in keys if key.startswith("val/loss_")}
+
+
 class MetricsFile:
     """A metrics file open for more lines; a killed process loses none that `write` returned from.
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,60 +15,19 @@ import numpy as np
 import pytest
 import record_files
 from configurations import MINIMAL
+from fake_session import N_SEQUENCES, Fake
 
 from mesh_transformer import metrics_file
 from mesh_transformer.config import Config, parse
 from mesh_transformer.data import DataError
 from mesh_transformer.errors import UserError
 from mesh_transformer.metrics import MetricsLog
-from mesh_transformer.session import Evaluation, Generation, Metrics, Restored
+from mesh_transformer.session import Restored
 from mesh_transformer.training import loop
 from mesh_transformer.training.loop import Finished, StopSignals, TrainingError
 
 SEQ = 4
-N_SEQUENCES = 64
 PER_STEP = 4
-
-
-class Fake:
-    """A session that trains nothing: the loss of step s is s, that of a target t is t / 8 nats."""
-
-    def __init__(self, restored: Restored | None = None) -> None:
-        self.events: list[Any] = []
-        self.restored = restored
-        self.step = restored.step if restored else 0
-        self.metrics: dict[int, dict[str, Any]] = {}
-        self.during: dict[Any, Callable[[], None]] = {}
-
-    def does(self, *event: Any) -> None:
-        self.events.append(event)
-        self.during.get(event[:2], lambda: None)()
-
-    def train(self, tokens_ABT1: np.ndarray, mask_ABT: np.ndarray | None = None) -> Metrics:
-        self.step += 1
-        self.does("train", self.step, record_files.first_tokens(tokens_ABT1))
-        usual = {"loss": self.step, "last_loss": 0, "grad_norm": 1, "micro_grad_norm": 1, "lr": 0.1}
-        return usual | self.metrics.get(self.step, {})
-
-    def evaluate(self, tokens_BT1: np.ndarray, mask_BT: np.ndarray | None = None) -> Evaluation:
-        self.does("evaluate", self.step, len(tokens_BT1))
-        assert mask_BT is not None
-        loss_BT = tokens_BT1[:, 1:].astype(np.float32) / 8
-        return Evaluation(loss_BT * mask_BT, (tokens_BT1[:, 1:] % 2 == 0) & mask_BT)
-
-    def save(self, step: int, position: Mapping[str, Any]) -> None:
-        self.does("save", step, position["epoch"] * N_SEQUENCES + position["sample"])
-
-    def restore(self, step: int | None = None) -> Restored | None:
-        self.does("restore", step)
-        return self.restored
-
-    def generate(self, *_: object) -> Generation:
-        raise NotImplementedError
-
-    def named(self, *kinds: str) -> list[tuple[str, int]]:
-        """The events of these kinds, with their steps."""
-        return [event[:2] for event in self.events if event[0] in kinds]
 
 
 @pytest.fixture(autouse=True)
@@ -380,3 +340,37 @@ def test_every_set_is_validated_by_means_over_its_first_batches() -> None:
     assert b["val/bits_per_byte_b"] == pytest.approx(11 / 8 / 4 / math.log(2), rel=1e-14)
     # Ids beyond the tokenizer's stand for no text either.
     assert beyond["val/bits_per_byte_beyond"] == pytest.approx(605 / 8 / math.log(2) / 2, rel=1e-14)
+
+
+@pytest.mark.parametrize("step", [4, 8, 10])
+@pytest.mark.parametrize("scored", range(5))
+def test_a_signal_ends_validation_after_a_batch_and_what_is_left_comes_first_on_going_on(
+    step: int, scored: int
+) -> None:
+    """Of two sets of two batches, at a step in between or the last; 0 is before the first batch."""
+    sets = {name: val_set(name, [[2, 3, 4, n] for n in range(3)]) for name in ("a", "b")}
+    keys = {"val_set": sets, "val_batches": 2, "val_every": 4}
+    train(Fake(), **keys)
+    whole = lines()
+    shutil.rmtree("run")
+
+    def n_scored(session: Fake) -> int:
+        return session.named("evaluate").count(("evaluate", step))
+
+    def stopping() -> None:
+        if n_scored(session) == scored:
+            send(signal.SIGTERM)()
+
+    session = Fake()
+    session.during = {("evaluate" if scored else "train", step): stopping}
+    complete = step == 10 and scored == 4
+    assert train(session, **keys) == Finished(step, None if complete else signal.SIGTERM)
+    assert n_scored(session) == scored and session.events[-1][:2] == ("save", step)
+    so_far = [line for line in whole if line["step"] <= step]
+    assert lines() == so_far[: len(so_far) - 2 + scored // 2]
+
+    rest = Fake(Restored(step, {"epoch": 0, "sample": step * PER_STEP}))
+    assert train(rest, **keys) == Finished(10, None)
+    assert n_scored(rest) == 4 - scored // 2 * 2
+    assert rest.named("train") == [("train", later) for later in range(step + 1, 11)]
+    assert lines() == whole

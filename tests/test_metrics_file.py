@@ -97,6 +97,19 @@ def test_where_there_is_no_file_there_is_nothing_to_drop(path: str) -> None:
     assert metrics_file.drop_after(path, 5) == []
 
 
+def test_a_validation_set_that_has_a_line_of_a_step_is_named(path: str) -> None:
+    assert metrics_file.validated(path, 2) == set()
+    lines: list[metrics_file.Line] = [
+        {"step": 1, "val/loss_pile": 0.2},
+        {"step": 2, "train/loss": 0.3},
+        {"step": 2, "val/loss_code": 0.1, "val/accuracy_code": 0.5},
+    ]
+    _write(path, *lines)
+    assert metrics_file.validated(path, 2) == {"code"}
+    assert metrics_file.validated(path, 1) == {"pile"}
+    assert metrics_file.validated(path, 3) == set()
+
+
 def test_a_killed_process_loses_no_line_that_was_written(path: str) -> None:
     program = f"""
 import os, signal

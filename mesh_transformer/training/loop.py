@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mesh_transformer import metrics_file
 from mesh_transformer.config import Config
 from mesh_transformer.data.batches import Position, TokenBatches, ValidationBatches
 from mesh_transformer.data.tokenizer import Tokenizer, byte_lengths
@@ -34,7 +35,7 @@ class Finished(NamedTuple):
 
     Attributes:
         step: Optimizer steps taken; a checkpoint of it is saved.
-        stopped_by: The signal that ended it before `total_steps`, or None.
+        stopped_by: The signal that ended it before the last step and its validation, or None.
     """
 
     step: int
@@ -174,8 +175,9 @@ def train(
     """Train until `total_steps`, from the newest checkpoint if there is one.
 
     Args:
-        signals: One that arrives ends the loop, with a checkpoint, after the step under way. Keep
-            its `with` block around what waits until the last checkpoint is complete.
+        signals: One that arrives ends the loop, with a checkpoint, after the step or the batch of a
+            validation under way; the rest of that validation comes first when the run goes on.
+            Keep its `with` block around what waits until the last checkpoint is complete.
         n_devices: Devices that the session trains on.
         device_kind: Their `jax.Device.device_kind`.
 
@@ -187,22 +189,30 @@ def train(
     """
     restored = session.restore()
     step, batches = 0, data.train
+    unvalidated: list[str] = []
     if restored:
         step = restored.step
         _logger.info("going on from the checkpoint of step %d", step)
-        if step >= config.run.total_steps:
+        validated = metrics_file.validated(config.checkpoint.root, step)
+        unvalidated = [name for name in _due(config, data, step) if name not in validated]
+        if step >= config.run.total_steps and not unvalidated:
             _logger.info("nothing to do: total_steps is %d", config.run.total_steps)
             return Finished(step, None)
         batches = data.train_from(Position.from_json(restored.position))
     log = MetricsLog.for_run(config, step=step, n_devices=n_devices, device_kind=device_kind)
     with contextlib.closing(batches), log:
         signals.watch()
-        step = _Training(session, config, data, batches, log, step).run(signals)
-    return Finished(step, signals.received if step < config.run.total_steps else None)
+        return _Training(session, config, data, batches, log, step, unvalidated).run(signals)
+
+
+def _due(config: Config, data: Data, step: int) -> list[str]:
+    """Name the validation sets that are scored after a step."""
+    due = step == config.run.total_steps or step % config.run.val_every == 0
+    return list(data.validation) if due else []
 
 
 class _Training:
-    """Training under way: which step it is at, and which steps are logged and saved."""
+    """Training under way: which step it is at, and what of it is logged, validated and saved."""
 
     def __init__(
         self,
@@ -212,6 +222,7 @@ class _Training:
         batches: TokenBatches,
         log: MetricsLog,
         step: int,
+        unvalidated: list[str],
     ) -> None:
         self._session = session
         self._config = config
@@ -219,29 +230,60 @@ class _Training:
         self._batches = batches
         self._log = log
         self._step = self._saved = step
+        self._unvalidated = unvalidated
         self._in_flight: collections.deque[tuple[int, Metrics]] = collections.deque()
 
-    def run(self, signals: StopSignals) -> int:
+    def run(self, signals: StopSignals) -> Finished:
         """Take, log, validate and save steps until the last one, or the one a signal ends."""
-        run = self._config.run
-        while self._step < run.total_steps and not signals.received:
+        total_steps = self._config.run.total_steps
+        self._validate(signals)
+        while self._step < total_steps and not signals.received:
             self._step += 1
             metrics = self._session.train(next(self._batches))
             self._in_flight.append((self._step, metrics))
-            last = self._step == run.total_steps
-            if self._data.validation and (last or self._step % run.val_every == 0):
-                self._validate()
+            self._unvalidated = _due(self._config, self._data, self._step)
+            self._validate(signals)
+            last = self._step == total_steps
             if last or self._step % self._config.checkpoint.ckpt_every == 0:
                 self._save()
             self._log_steps(but=_IN_FLIGHT)
         if self._saved < self._step:
             self._save()
-        return self._step
+        complete = self._step >= total_steps and not self._unvalidated
+        return Finished(self._step, None if complete else signals.received)
 
-    def _validate(self) -> None:
+    def _validate(self, signals: StopSignals) -> None:
+        """Score the sets that are due, until a signal comes."""
+        if not self._unvalidated:
+            return
         self._log_steps()
         with self._log.paused():
-            validate(self._session, self._config, self._data, self._log, self._step)
+            while self._unvalidated and self._score(self._unvalidated[0], signals):
+                self._unvalidated = self._unvalidated[1:]
+
+    def _score(self, name: str, signals: StopSignals) -> bool:
+        """Score the first `val_batches` batches of a validation set, and log the means.
+
+        Returns:
+            Whether that is done; a signal ends it before the next batch, and nothing is logged.
+        """
+        lengths_V = byte_lengths(self._data.tokenizer)
+        batches, n_batches = self._data.validation[name], self._config.run.val_batches
+        nats, n_correct, n_tokens, n_bytes = 0.0, 0, 0, 0
+        for tokens_BT1, mask_BT in itertools.islice(batches, n_batches):
+            if signals.received:
+                return False
+            seen = self._session.evaluate(tokens_BT1, mask_BT)
+            nats += float(seen.loss_BT.sum(dtype=np.float64))
+            n_correct += int(seen.correct_BT.sum())
+            n_tokens += int(mask_BT.sum())
+            if lengths_V is not None:
+                seen_ids = tokens_BT1[:, 1:][mask_BT]
+                n_bytes += int(lengths_V[seen_ids[seen_ids < len(lengths_V)]].sum())
+        bytes_per_token = n_bytes / n_tokens if n_bytes else None
+        accuracy = n_correct / n_tokens
+        self._log.validation(self._step, name, nats / n_tokens, accuracy, bytes_per_token)
+        return True
 
     def _save(self) -> None:
         """Save the step that was taken last; its log first, so that a checkpoint never lacks it."""
@@ -271,20 +313,3 @@ def _check_finite(step: int, metrics: Metrics, lr: float) -> None:
             "warmup_steps and go on from the last checkpoint by running this again, or set "
             "stop_on_nan to false to train on regardless"
         )
-
-
-def validate(session: Session, config: Config, data: Data, log: MetricsLog, step: int) -> None:
-    """Score the first `val_batches` batches of every validation set, and log the means."""
-    lengths_V = byte_lengths(data.tokenizer)
-    for name, batches in data.validation.items():
-        nats, n_correct, n_tokens, n_bytes = 0.0, 0, 0, 0
-        for tokens_BT1, mask_BT in itertools.islice(batches, config.run.val_batches):
-            seen = session.evaluate(tokens_BT1, mask_BT)
-            nats += float(seen.loss_BT.sum(dtype=np.float64))
-            n_correct += int(seen.correct_BT.sum())
-            n_tokens += int(mask_BT.sum())
-            if lengths_V is not None:
-                seen_ids = tokens_BT1[:, 1:][mask_BT]
-                n_bytes += int(lengths_V[seen_ids[seen_ids < len(lengths_V)]].sum())
-        bytes_per_token = n_bytes / n_tokens if n_bytes else None
-        log.validation(step, name, nats / n_tokens, n_correct / n_tokens, bytes_per_token)
