@@ -4,8 +4,8 @@
     python benchmarks/train_step.py --config benchmarks/cpu_27M.json
 
 Tokens are random. After `--warm-up` steps, `--steps` steps are timed one by one, each from host
-tokens to finished metrics, and the median counts. Compilation is timed apart. Needs JAX and Haiku,
-not the packages for data or clusters.
+tokens to finished metrics, and the median counts. Compilation is timed apart. Needs JAX, Haiku and
+Optax, not the packages for data or clusters, nor that the project is installed (PYTHONPATH=. then).
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def measure(run: config.Config, n_steps: int, n_warm_up: int) -> dict[str, Any]:
         "step_ms": round(step_seconds * 1e3, 2),
         "step_ms_min": round(min(seconds[n_warm_up:]) * 1e3, 2),
         "mfu": throughput.mfu(tokens_per_second, flops, None if peak is None else n * peak),
+        "peak_flops_per_device": peak,
         "peak_memory_gib": round(peak_memory_bytes(devices[0]) / 2**30, 3),
         "compile_seconds": round(compile_seconds, 1),
         "loss": loss,

@@ -89,6 +89,13 @@ class Restored(NamedTuple):
     position: Position
 
 
+class SessionLost(RuntimeError):
+    """The devices that held a session are gone, or hang; a new one can go on from a checkpoint.
+
+    The message names the host, and holds what it raised.
+    """
+
+
 class Session(Protocol):
     """A sharded model that can be trained, evaluated, sampled from, saved and restored."""
 

@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 COMPUTE = {"B": "dp", "H": "mp", "F": "mp", "V": "mp"}
@@ -66,6 +67,13 @@ def make_mesh(dp: int, mp: int, devices: Sequence[Any] | None = None) -> Mesh:
         raise ValueError(f"a {dp} x {mp} mesh needs {dp * mp} devices, found {len(devices)}")
     grid = np.asarray(devices).reshape(dp, mp)
     return Mesh(grid, ("dp", "mp"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def fetch(*arrays: jax.Array) -> list[np.ndarray]:
+    """Return arrays whole, also what devices of other hosts hold; all hosts call it alike."""
+    if jax.process_count() > 1:
+        return [multihost_utils.process_allgather(array, tiled=True) for array in arrays]
+    return [np.asarray(array) for array in arrays]
 
 
 def spec(dims: str, axes: Mapping[str, str]) -> PartitionSpec:

@@ -34,15 +34,20 @@ ROWS: tuple[tuple[str, ...], ...] = (
         " data.dataset data.tfrecord data.jsonl data.webdataset data.encoding data.batches"
         " data.prepare",
     ),
-    ("pod", "pod.devices pod.worker"),
-    ("pod.cluster", "pod.tpu_vm"),
-    ("training.loop", "harness", "serving serving.text serving.engine serving.http", "plan"),
+    ("pod", "pod.devices pod.worker pod.host"),
+    ("pod.machines pod.cluster", "pod.tpu_vm"),
+    (
+        "training.goodput training.loop training.recovery driver",
+        "harness",
+        "serving serving.text serving.engine serving.http",
+        "plan",
+    ),
 )
 
 # Heavy or optional packages, and the only modules of the library that may import them.
 OWNERS = {
     "tensorflow": {"data.tfrecord"},
-    "ray": {"pod.cluster", "pod.tpu_vm"},
+    "ray": {"pod.machines", "pod.cluster", "pod.tpu_vm"},
     "google.cloud.tpu": {"pod.cluster", "pod.tpu_vm"},
     "google.cloud.storage": {"storage"},
     "lm_eval": {"harness"},

@@ -66,6 +66,7 @@ def test_memory_that_is_too_small_is_told_with_what_to_change(step: str) -> None
 def test_memory_that_did_not_suffice_is_told_when_results_are_looked_at(step: str) -> None:
     """Devices work behind: what failed there is an array at first."""
     failed = Failed("RESOURCE_EXHAUSTED: 9 GiB")
-    results = {"evaluate": (failed, failed), "decode": SimpleNamespace(position_B=failed)}
+    fetched = dict.fromkeys(("tokens_BS", "logprobs_BS", "position_B", "done_B"), failed)
+    results = {"evaluate": (failed, failed), "decode": SimpleNamespace(**fetched)}
     with pytest.raises(UserError, match=f"too small {ADVICE[step]}.*EXHAUSTED: 9 GiB"):
         USES[step](failing(step, lambda *_: results[step]))

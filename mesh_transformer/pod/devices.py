@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 
 import jax
 
+from mesh_transformer import rules
 from mesh_transformer.config import Config
 from mesh_transformer.errors import UserError
 
 _MOST_CPU_DEVICES = 64  # each takes threads; who asks for more has a pod's configuration by mistake
 
 
-def host_devices(config: Config) -> list[jax.Device]:
-    """Return the devices to train on: this host's accelerators, or as many CPU devices as needed.
+def host_devices(config: Config, n_hosts: int = 1) -> list[jax.Device]:
+    """Return the devices to train on: all hosts' accelerators, or as many CPU devices as needed.
 
     On a host without accelerators a configuration for 8 cores runs on 8 CPU devices, which the
     host's cores share: slow, and exact. There are never more than 64.
@@ -22,7 +24,13 @@ def host_devices(config: Config) -> list[jax.Device]:
     Raises:
         UserError: `tpu_size` and the devices there are do not match, or JAX finds none.
     """
-    wanted = config.mesh.tpu_size or config.mesh.cores_per_replica
+    wanted = config.mesh.tpu_size or math.lcm(config.mesh.cores_per_replica, n_hosts)
+    if wanted % n_hosts:
+        raise UserError(
+            f"tpu_size is {wanted}, which {n_hosts} hosts cannot share alike: set it to a multiple "
+            f"of {n_hosts}, or ask for {rules.divisors(wanted)} hosts"
+        )
+    wanted //= n_hosts
     with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices it has
         jax.config.update("jax_num_cpu_devices", min(wanted, _MOST_CPU_DEVICES))
     devices = _devices()

@@ -22,7 +22,7 @@ from mesh_transformer.config import parse as parse_config
 from mesh_transformer.errors import UserError
 from mesh_transformer.model.sampling import Choice
 from mesh_transformer.session import Evaluation, Generation, Metrics, Position, Restored, Sampling
-from mesh_transformer.sharding import COMPUTE, make_mesh, spec
+from mesh_transformer.sharding import COMPUTE, fetch, make_mesh, spec
 from mesh_transformer.training.memory import memory_for
 from mesh_transformer.training.optimizer import make_optimizer, restart_schedule
 from mesh_transformer.training.steps import Continuation, TrainState, make_steps
@@ -159,14 +159,16 @@ class Worker:
             seen = [len(prompt) for prompt in prompts]
             for _ in range(0, max_new_tokens, every):
                 now = self.steps.decode(weights, now, choice, stop_ids, jnp.int32(every))
-                ends = np.asarray(now.position_B) + 1
-                tokens_BS, logprobs_BS = np.asarray(now.tokens_BS), np.asarray(now.logprobs_BS)
+                tokens_BS, logprobs_BS, position_B, done_B = fetch(
+                    now.tokens_BS, now.logprobs_BS, now.position_B, now.done_B
+                )
+                ends = position_B + 1
                 pieces = [slice(begin, end) for begin, end in zip(seen, ends, strict=False)]
                 yield Generation(
                     [tokens_BS[row, piece].tolist() for row, piece in enumerate(pieces)],
                     [logprobs_BS[row, piece].tolist() for row, piece in enumerate(pieces)],
                 )
-                if now.done_B.all():
+                if done_B.all():
                     return
                 seen = [piece.stop for piece in pieces]
 
@@ -290,7 +292,7 @@ class Worker:
 
     def _on_mesh(self, array: np.ndarray, dims: str) -> jax.Array:
         sharding = NamedSharding(self.mesh, spec(dims, COMPUTE))
-        return jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(array))
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     def _pad(self, array: np.ndarray) -> np.ndarray:
         """Repeat the last row until every replica has as many."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mesh_transformer import metrics_file
+from mesh_transformer import metrics_file, throughput
 from mesh_transformer.config import Config
 from mesh_transformer.data.batches import Position, TokenBatches, ValidationBatches
 from mesh_transformer.data.tokenizer import Tokenizer, byte_lengths
@@ -23,6 +23,7 @@ from mesh_transformer.data.tokenizer import load as load_tokenizer
 from mesh_transformer.errors import UserError
 from mesh_transformer.metrics import MetricsLog
 from mesh_transformer.session import Metrics, Session
+from mesh_transformer.training import goodput
 from mesh_transformer.training.memory import memory_for
 
 _IN_FLIGHT = 2  # steps whose metrics are not looked at yet, so that devices never wait for the log
@@ -94,7 +95,6 @@ class Data:
 
     Attributes:
         tokenizer: The one that they were made by.
-        train: Training batches from the beginning.
         validation: Validation batches by the name of their set; empty if nothing is validated.
     """
 
@@ -111,7 +111,7 @@ class Data:
         self._config = config
         self._n_devices = n_devices
         self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
-        self.train: TokenBatches = self.train_from(Position())
+        self.train_from(Position()).close()
         self.validation: Mapping[str, ValidationBatches] = {
             name: ValidationBatches(
                 index,
@@ -145,15 +145,17 @@ class Data:
 
 
 def announce(config: Config, n_parameters: int, n_devices: int, device_kind: str) -> None:
-    """Log what is about to be trained, and on what."""
+    """Log what is about to be trained, and on what; MFU is of the peak that is named."""
+    peak = throughput.peak_flops_per_device(device_kind)
     _logger.info(
-        "%s: %s parameters, %s tokens a step, on %d %s device(s): %d replica(s) of %d, ZeRO stage "
-        "%d; writing to %s",
+        "%s: %s parameters, %s tokens a step, on %d %s device(s) %s: %d replica(s) of %d, ZeRO "
+        "stage %d; writing to %s",
         config.run.name,
         f"{n_parameters:,}",
         f"{config.tokens_per_step(n_devices):,}",
         n_devices,
         device_kind,
+        "of unknown peak, so without MFU" if peak is None else f"of {peak / 1e12:.0f} TFLOP/s",
         config.replicas(n_devices),
         config.mesh.cores_per_replica,
         config.mesh.zero_stage,
@@ -171,6 +173,7 @@ def train(
     *,
     n_devices: int,
     device_kind: str,
+    ledger: goodput.Ledger | None = None,
 ) -> Finished:
     """Train until `total_steps`, from the newest checkpoint if there is one.
 
@@ -180,6 +183,7 @@ def train(
             Keep its `with` block around what waits until the last checkpoint is complete.
         n_devices: Devices that the session trains on.
         device_kind: Their `jax.Device.device_kind`.
+        ledger: Books where the time goes.
 
     Raises:
         TrainingError: A loss or a gradient is not finite and `stop_on_nan` is set; what it spoilt
@@ -187,22 +191,27 @@ def train(
         UserError: The devices' memory is too small.
         DataError: The training data ends before the checkpoint's position, or is corrupt.
     """
+    ledger = ledger or goodput.Ledger()
+    ledger.now(goodput.RESTORING)
     restored = session.restore()
-    step, batches = 0, data.train
+    step, position = 0, Position()
     unvalidated: list[str] = []
     if restored:
-        step = restored.step
+        step, position = restored.step, Position.from_json(restored.position)
         _logger.info("going on from the checkpoint of step %d", step)
         validated = metrics_file.validated(config.checkpoint.root, step)
         unvalidated = [name for name in _due(config, data, step) if name not in validated]
         if step >= config.run.total_steps and not unvalidated:
             _logger.info("nothing to do: total_steps is %d", config.run.total_steps)
             return Finished(step, None)
-        batches = data.train_from(Position.from_json(restored.position))
+    ledger.restored(step)
+    batches = data.train_from(position)
     log = MetricsLog.for_run(config, step=step, n_devices=n_devices, device_kind=device_kind)
     with contextlib.closing(batches), log:
         signals.watch()
-        return _Training(session, config, data, batches, log, step, unvalidated).run(signals)
+        return _Training(session, config, data, batches, log, ledger, step, unvalidated).run(
+            signals
+        )
 
 
 def _due(config: Config, data: Data, step: int) -> list[str]:
@@ -221,6 +230,7 @@ class _Training:
         data: Data,
         batches: TokenBatches,
         log: MetricsLog,
+        ledger: goodput.Ledger,
         step: int,
         unvalidated: list[str],
     ) -> None:
@@ -229,6 +239,7 @@ class _Training:
         self._data = data
         self._batches = batches
         self._log = log
+        self._ledger = ledger
         self._step = self._saved = step
         self._unvalidated = unvalidated
         self._in_flight: collections.deque[tuple[int, Metrics]] = collections.deque()
@@ -237,6 +248,7 @@ class _Training:
         """Take, log, validate and save steps until the last one, or the one a signal ends."""
         total_steps = self._config.run.total_steps
         self._validate(signals)
+        self._ledger.now(goodput.COMPILING)
         while self._step < total_steps and not signals.received:
             self._step += 1
             metrics = self._session.train(next(self._batches))
@@ -257,7 +269,7 @@ class _Training:
         if not self._unvalidated:
             return
         self._log_steps()
-        with self._log.paused():
+        with self._log.paused(), self._ledger.during(goodput.VALIDATING):
             while self._unvalidated and self._score(self._unvalidated[0], signals):
                 self._unvalidated = self._unvalidated[1:]
 
@@ -288,7 +300,7 @@ class _Training:
     def _save(self) -> None:
         """Save the step that was taken last; its log first, so that a checkpoint never lacks it."""
         self._log_steps()
-        with self._log.paused():
+        with self._log.paused(), self._ledger.during(goodput.SAVING):
             self._log.flush()
             self._session.save(self._step, self._batches.position.to_json())
         self._saved = self._step
@@ -299,6 +311,7 @@ class _Training:
             step, arrays = self._in_flight.popleft()
             with memory_for("a step"):
                 metrics = {name: float(value) for name, value in arrays.items()}
+            self._ledger.step(step)
             self._log.train(step, metrics)
             if self._config.run.stop_on_nan:
                 _check_finite(step, metrics, self._config.optimizer.lr)

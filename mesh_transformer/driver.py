@@ -1,0 +1,67 @@
+"""What train.py does: hosts by Ray, data and log here, checkpoints by the hosts, and recovery.
+
+This process reads the data and keeps the log, and never touches an accelerator: it does not even
+import JAX.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+from mesh_transformer.config import Config
+from mesh_transformer.pod.cluster import Cluster
+from mesh_transformer.pod.machines import Pod
+from mesh_transformer.training import goodput, loop, recovery
+
+_logger = logging.getLogger(__name__)
+
+
+def train(
+    config: Config,
+    *,
+    n_local: int | None = None,
+    address: str | None = None,
+    new: bool = False,
+    tune_model_path: str | None = None,
+    fresh_opt: bool = False,
+) -> loop.Finished:
+    """Train until `total_steps` or a signal, whatever is lost on the way.
+
+    Args:
+        n_local: So many host processes on this machine.
+        address: Or of a running Ray cluster, each machine of which takes one host.
+        new: Give up the checkpoints there are.
+        tune_model_path: Begin with the weights of this run, if there are no checkpoints.
+        fresh_opt: And with fresh optimizer moments.
+
+    Raises:
+        SessionLost: Hosts were lost too often in a row.
+        UserError: Something is wrong that the user can mend.
+    """
+    ledger = goodput.Ledger()
+    data_for = functools.cache(functools.partial(loop.Data, config))
+    if config.mesh.tpu_size:
+        data_for(config.mesh.tpu_size)  # what is wrong with it shows before hosts are started
+    to_clear = new
+
+    def prepare(session: recovery.Running) -> None:
+        nonlocal to_clear
+        if tune_model_path and (to_clear or session.latest() is None):
+            session.tune_from(tune_model_path, fresh_opt=fresh_opt)
+        if to_clear:  # only now, when nothing that the new run needs was found missing
+            session.clear()
+            to_clear = False
+
+    with loop.StopSignals() as signals, Pod(n_local=n_local, address=address) as pod:
+        try:
+            return recovery.train(
+                lambda: Cluster(config, pod.nodes()),
+                config,
+                data_for,
+                signals,
+                prepare=prepare,
+                ledger=ledger,
+            )
+        finally:
+            _logger.info("%s", ledger)

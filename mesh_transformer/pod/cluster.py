@@ -1,0 +1,310 @@
+"""A pod: the session protocol over one Ray actor per host, all of them in one JAX program.
+
+    with Pod(n_local=2) as pod, Cluster(config, pod.nodes()) as session:
+        session.train(tokens_ABT1)
+
+Ray carries token ids and scalars; arrays stay on the devices. Every host gets the whole batch, and
+its devices take what the mesh gives them: which host holds which sequences is nobody's guess.
+Every wait has a deadline. Whatever happens to one host ends them all, as the devices of one program
+cannot go on without each other: `SessionLost` says which host it was, and a new `Cluster` goes on
+from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mesh_transformer import __version__
+from mesh_transformer.config import Config
+from mesh_transformer.errors import UserError
+from mesh_transformer.pod.host import Devices, Host, HostInfo
+from mesh_transformer.pod.machines import Node
+from mesh_transformer.session import (
+    Evaluation,
+    Generation,
+    Metrics,
+    Position,
+    Restored,
+    Sampling,
+    SessionLost,
+)
+
+# In which a host that died is noticed, after those that wait for it have failed.
+_SECONDS_TO_BLAME = 3.0
+
+_logger = logging.getLogger(__name__)
+
+
+class Deadlines(NamedTuple):
+    """How long what a host is asked for may take, in seconds.
+
+    Attributes:
+        start: To come up and join; to compile, restore or save.
+        step: For a step, once one is compiled.
+        heartbeat: Until JAX itself ends hosts of which one is silent.
+    """
+
+    start: float = 1800.0
+    step: float = 600.0
+    heartbeat: int = 60
+
+
+DEADLINES = Deadlines()
+
+
+class Cluster:
+    """A session on all hosts of a pod; the devices of all of them make one mesh."""
+
+    def __init__(
+        self, config: Config, nodes: Sequence[Node], deadlines: Deadlines = DEADLINES
+    ) -> None:
+        """Start a host on each node, in this order, and let them join.
+
+        Raises:
+            SessionLost: A host did not come up, or was lost.
+            UserError: The configuration does not fit the devices, or versions differ.
+        """
+        self._config = config
+        self._deadlines = deadlines
+        self._compiled = False
+        self._hosts: list[Any] = []
+        self._names = [node.address for node in nodes]
+        self._steps: collections.deque[_Step] = collections.deque()
+        try:
+            self._hosts = [_actor(node) for node in nodes]
+            infos: list[HostInfo] = self._all("info", seconds=deadlines.start)
+            self._names = [info.name for info in infos]
+            _check_versions(infos)
+            joined: list[Devices] = self._wait(
+                "join",
+                [
+                    host.join.remote(
+                        config.to_flat(),
+                        coordinator=infos[0].address,
+                        n_hosts=len(nodes),
+                        index=index,
+                        seconds=math.ceil(deadlines.start),
+                        heartbeat_seconds=deadlines.heartbeat,
+                    )
+                    for index, host in enumerate(self._hosts)
+                ],
+                deadlines.start,
+            )
+        except BaseException:
+            self.kill()
+            raise
+        self.devices = joined[0]
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self.kill()
+
+    def train(self, tokens_ABT1: np.ndarray, mask_ABT: np.ndarray | None = None) -> Metrics:
+        """Send the tokens of one optimizer step; the metrics are waited for when looked at.
+
+        Raises:
+            SessionLost: A host was lost or took too long over this or an earlier step.
+        """
+        tokens, mask = ray.put(tokens_ABT1), None if mask_ABT is None else ray.put(mask_ABT)
+        refs = [host.train.remote(tokens, mask) for host in self._hosts]
+        step = _Step(self)
+        if self._steps:
+            self._steps[-1].refs = refs
+        else:
+            step.begun = refs
+        self._steps.append(step)
+        return step
+
+    def evaluate(self, tokens_BT1: np.ndarray, mask_BT: np.ndarray | None = None) -> Evaluation:
+        """Score the given tokens with the current weights; any number of sequences."""
+        n = len(tokens_BT1)
+        missing = -n % self._config.replicas(self.devices.n)
+        padded = np.concatenate([tokens_BT1, np.repeat(tokens_BT1[-1:], missing, axis=0)])
+        loss_BT, correct_BT = self._all("evaluate", ray.put(padded))[0]
+        loss_BT, correct_BT = loss_BT[:n], correct_BT[:n]
+        if mask_BT is None:
+            return Evaluation(loss_BT, correct_BT)
+        return Evaluation(np.where(mask_BT, loss_BT, 0), correct_BT & np.asarray(mask_BT, bool))
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int
+    ) -> Generation:
+        """Continue each prompt by up to `max_new_tokens` tokens."""
+        generation: Generation = self._all("generate", prompts, sampling, max_new_tokens)[0]
+        return generation
+
+    def save(self, step: int, position: Position) -> None:
+        """Begin to write a checkpoint; it counts once it is complete on disk."""
+        self._all("save", step, dict(position))
+
+    def restore(self, step: int | None = None) -> Restored | None:
+        """Load the newest (or the given) complete checkpoint; None if there is none yet."""
+        restored: Restored | None = self._all("restore", step)[0]
+        return restored
+
+    def latest(self) -> int | None:
+        """Give the step of the newest complete checkpoint; None if there is none."""
+        latest: int | None = self._all("latest")[0]
+        return latest
+
+    def tune_from(self, path: str, *, fresh_opt: bool) -> None:
+        """Take the weights of another run, to train on from step 0."""
+        self._all("tune_from", path, fresh_opt)
+
+    def clear(self) -> None:
+        """Give up every checkpoint, so that training can start over."""
+        self._all("clear")
+
+    def close(self) -> None:
+        """Wait for a save under way, and let the hosts part in peace."""
+        self._all("close")
+
+    def kill(self) -> None:
+        """End all hosts at once, whatever they are doing."""
+        for host in self._hosts:
+            ray.kill(host, no_restart=True)
+        self._hosts = []
+
+    def settle(self, step: _Step) -> None:
+        """Fetch the metrics of steps, in order, up to the given one."""
+        while self._steps:
+            first = self._steps[0]
+            if not first.refs:
+                first.refs = [host.settle.remote() for host in self._hosts]
+            seconds = self._deadlines.step if self._compiled else self._deadlines.start
+            if first.begun:
+                self._wait("train", first.begun, seconds)
+            first.numbers = self._wait("train", first.refs, seconds)[0]
+            self._compiled = True
+            self._steps.popleft()
+            if first is step:
+                return
+
+    def _all(self, method: str, *args: Any, seconds: float | None = None) -> list[Any]:
+        """Call a method of every host, and wait for all of them."""
+        if self._steps:
+            self.settle(self._steps[-1])
+        refs = [getattr(host, method).remote(*args) for host in self._hosts]
+        return self._wait(method, refs, self._deadlines.start if seconds is None else seconds)
+
+    def _wait(self, method: str, refs: Sequence[Any], seconds: float) -> list[Any]:
+        """Return what every host answers; the first that fails ends the wait.
+
+        Raises:
+            SessionLost: A host is gone, raised what may pass, or has not answered in time.
+            UserError: What a host raised is the user's to mend.
+        """
+        end, pending = time.monotonic() + seconds, list(refs)
+        while pending:
+            ready, pending = ray.wait(pending, timeout=max(0.0, end - time.monotonic()))
+            if not ready:
+                late = ", ".join(self._names[refs.index(ref)] for ref in pending)
+                raise SessionLost(
+                    f"no answer to {method} after {seconds:.0f} s from {late}: it hangs, or needs "
+                    "longer than the deadline"
+                )
+            if _error(ready[0]):
+                raise self._failure(method, refs)
+        return [ray.get(ref) for ref in refs]
+
+    def _failure(self, method: str, refs: Sequence[Any]) -> Exception:
+        """Return what to raise once an answer is an error: of several, the one that tells most.
+
+        A host that is gone makes those that wait for it fail too, perhaps before anyone notices.
+        """
+        ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=_SECONDS_TO_BLAME)
+        errors = [(self._names[refs.index(ref)], _error(ref)) for ref in ready]
+        for _, error in errors:
+            if isinstance(error, ray.exceptions.RayTaskError) and isinstance(
+                error.cause, UserError
+            ):
+                return error.cause
+        lost = [
+            f"{name} was lost during {method}: {str(error).strip().splitlines()[0]}"
+            for name, error in errors
+            if error and not isinstance(error, ray.exceptions.RayTaskError)
+        ]
+        raised = [f"{method} failed on {name}:\n{error}" for name, error in errors if error]
+        return SessionLost("\n".join(lost or raised[:1]))
+
+
+class _Step(Mapping[str, float]):
+    """The metrics of a step; asking for one waits for it."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self.begun: list[Any] = []  # answers that say nothing yet, but may fail
+        self.refs: list[Any] = []  # answers that hold this step's metrics
+        self.numbers: dict[str, float] | None = None
+
+    def _settled(self) -> dict[str, float]:
+        if self.numbers is None:
+            self._cluster.settle(self)
+            assert self.numbers is not None
+        return self.numbers
+
+    def __getitem__(self, name: str) -> float:
+        return self._settled()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._settled())
+
+    def __len__(self) -> int:
+        return len(self._settled())
+
+
+def _actor(node: Node) -> Any:
+    """Start a host on a node: never restarted, as a host alone is of no use."""
+    environment = {} if node.resources else {"JAX_PLATFORMS": "cpu"}
+    resources = dict(node.resources)
+    return (
+        ray.remote(Host)
+        .options(
+            num_cpus=0,
+            num_gpus=resources.pop("GPU", 0),
+            resources=resources,
+            max_restarts=0,
+            max_task_retries=0,
+            runtime_env={"env_vars": environment},
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
+        )
+        .remote(node.address)
+    )
+
+
+def _check_versions(infos: Sequence[HostInfo]) -> None:
+    problems = [
+        f"{info.name} has mesh_transformer {info.version}"
+        for info in infos
+        if info.version != __version__
+    ]
+    if problems:
+        raise UserError(
+            f"this driver has mesh_transformer {__version__}, but {'; '.join(problems)}: install "
+            "the driver's version there"
+        )
+
+
+def _error(ref: Any) -> ray.exceptions.RayError | None:
+    """Return the error that an answer is, if it is one."""
+    try:
+        ray.get(ref)
+    except ray.exceptions.RayError as error:
+        return error
+    return None

@@ -1,0 +1,150 @@
+"""Host processes in one program: they compute what one process does, and what is lost is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hosts
+import numpy as np
+import pytest
+import small
+
+from mesh_transformer.errors import UserError
+from mesh_transformer.session import Sampling, SessionLost
+
+pytest.importorskip("ray", reason="needs the extra [pods]")
+
+from mesh_transformer.pod import cluster  # noqa: E402
+from mesh_transformer.pod.cluster import Cluster, Deadlines  # noqa: E402
+from mesh_transformer.pod.machines import Pod  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    # Ray leaves sockets and files of its processes to the interpreter's end.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+MP = 4
+GREEDY = Sampling(temperature=0)
+PROMPTS = [[5, 6, 7], [1]]
+
+
+@pytest.fixture(scope="module")
+def pods() -> Iterator[Callable[[int], Pod]]:
+    """Pods of so many hosts, all on one Ray cluster."""
+    with Pod(n_local=1) as first:
+
+        def pod(n_hosts: int) -> Pod:
+            first._n_local = n_hosts
+            return first
+
+        yield pod
+
+
+def parsed(folder: Path, **keys: Any) -> Any:
+    return small.parsed(
+        tpu_size=8,
+        cores_per_replica=MP,
+        zero_stage=2,
+        gradient_accumulation_steps=2,
+        model_dir=str(folder / "run"),
+        **keys,
+    )
+
+
+def seen(session: Any) -> tuple[list[float], np.ndarray, Any]:
+    """Train three steps; score and continue by what was learnt."""
+    tokens = small.tokens(2, 2, 17)
+    losses = [metrics["loss"] for metrics in [session.train(tokens) for _ in range(3)]]
+    scores = session.evaluate(small.tokens(3, 17)).loss_BT
+    return [float(loss) for loss in losses], scores, session.generate(PROMPTS, GREEDY, 5).tokens
+
+
+@pytest.mark.parametrize("n_hosts", [2, 4])
+def test_hosts_together_compute_what_one_process_does(
+    pods: Callable[[int], Pod], tmp_path: Path, n_hosts: int
+) -> None:
+    config = parsed(tmp_path)
+    with Cluster(config, pods(n_hosts).nodes()) as session:
+        losses, scores, tokens = seen(session)
+        assert session.devices.n == 8
+        session.save(3, {"sample": 12})
+        after = [session.train(small.tokens(2, 2, 17))["loss"] for _ in range(2)]
+        restored = session.restore()
+        assert restored is not None and (restored.step, restored.position) == (3, {"sample": 12})
+        assert [session.train(small.tokens(2, 2, 17))["loss"] for _ in range(2)] == after
+    alone = small.worker(2, MP, zero_stage=2, gradient_accumulation_steps=2)
+    alone.state = small.start(2, MP, zero_stage=2, gradient_accumulation_steps=2)
+    expected = seen(alone)
+    # Sums over processes are added in another order than sums over devices of one process.
+    np.testing.assert_allclose(losses, expected[0], rtol=2e-6)
+    np.testing.assert_allclose(scores, expected[1], atol=1e-5)
+    assert tokens == expected[2]
+
+
+@pytest.fixture
+def two_hosts(pods: Callable[[int], Pod], tmp_path: Path) -> Iterator[Cluster]:
+    """A session that has taken a step, and gives up one that takes twenty seconds."""
+    deadlines = Deadlines(start=120, step=20)
+    session = Cluster(parsed(tmp_path), pods(2).nodes(), deadlines)
+    try:
+        assert session.train(small.tokens(2, 2, 17))["loss"] > 0
+        yield session
+    finally:
+        session.kill()
+
+
+def test_a_host_that_is_killed_is_told_by_its_name(two_hosts: Cluster) -> None:
+    victim = hosts.pids_below(os.getpid())[-1]
+    metrics = two_hosts.train(small.tokens(2, 2, 17))
+    os.kill(victim, signal.SIGKILL)
+    with pytest.raises(SessionLost, match=rf"\(process {victim}\) was lost during"):
+        for _ in range(50):  # the step may have been done before the signal came
+            assert metrics["loss"] > 0
+            metrics = two_hosts.train(small.tokens(2, 2, 17))
+
+
+def test_a_host_that_hangs_is_given_up_at_the_deadline_by_its_name(two_hosts: Cluster) -> None:
+    victim = hosts.pids_below(os.getpid())[-1]
+    os.kill(victim, signal.SIGSTOP)
+    metrics = two_hosts.train(small.tokens(2, 2, 17))
+    with pytest.raises(SessionLost, match=rf"no answer to train .*process {victim}\)"):
+        assert metrics["loss"] > 0
+
+
+def test_what_a_host_raises_comes_with_its_name_and_traceback(two_hosts: Cluster) -> None:
+    with pytest.raises(SessionLost, match=r"(?s)train failed on .*process.*worker\.py.*n_vocab is"):
+        dict(two_hosts.train(np.full((2, 2, 17), small.KEYS["n_vocab"])))
+
+
+def test_what_the_user_can_mend_comes_as_it_is(two_hosts: Cluster) -> None:
+    with pytest.raises(UserError, match="^prompt 1 is empty"):
+        two_hosts.generate([[1], []], GREEDY, 2)
+
+
+def test_hosts_that_cannot_share_the_devices_are_refused(
+    pods: Callable[[int], Pod], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"tpu_size is 8, which 3 hosts cannot share .* 1, 2, 4, 8"):
+        Cluster(parsed(tmp_path), pods(3).nodes())
+
+
+def test_hosts_of_another_version_are_refused(
+    pods: Callable[[int], Pod], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "__version__", "9.9")
+    with pytest.raises(UserError, match="this driver has mesh_transformer 9.9, but .* has mesh"):
+        Cluster(parsed(tmp_path), pods(2).nodes())
+
+
+def test_the_driver_does_not_import_jax() -> None:
+    program = "import mesh_transformer.driver, sys; sys.exit('jax' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, env=environment)
