@@ -36,6 +36,16 @@ KEYS: dict[str, Any] = {
     "name": "small",
 }
 
+KINDS = (
+    ("rotary", "layernorm"),  # layernorm-desync is the same
+    ("t5", "rmsnorm"),
+    ("fixed", "scalenorm-bias"),
+    ("none", "layernorm-nobias"),
+    ("rotary", "rmsnorm-bias"),
+    ("rotary", "scalenorm"),
+)
+"""Every position encoding and every norm, but not each with each."""
+
 COMPILED_FAST = {"xla_backend_optimization_level": 0}
 """Options of `jax.jit` that halve the time to compile what runs only once."""
 
@@ -80,10 +90,10 @@ def _initial(**keys: Any) -> TrainState:
 
 
 @functools.cache
-def weights(pe: str = "rotary") -> Any:
+def weights(pe: str = "rotary", norm: str = "layernorm") -> Any:
     """Return weights sharp enough for attention and positions to matter, in NumPy arrays."""
-    sharp = jax.tree.map(lambda leaf: np.asarray(leaf) * 2, start().params)
-    shapes = steps(pe=pe).state.params
+    sharp = jax.tree.map(lambda leaf: np.asarray(leaf) * 2, start(norm=norm).params)
+    shapes = steps(pe=pe, norm=norm).state.params
     tables = {module: shapes[module] for module in set(shapes) - set(sharp)}
     normal = np.random.default_rng(0).normal
     return sharp | jax.tree.map(lambda leaf: np.float32(normal(size=leaf.shape)), tables)

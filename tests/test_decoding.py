@@ -23,11 +23,13 @@ DRAWN = Sampling(temperature=1.2, top_k=40, top_p=0.95, seed=3)
 
 
 @functools.cache
-def host(dp: int = 1, mp: int = 1, zero_stage: int = 0, pe: str = "rotary") -> Worker:
+def host(
+    dp: int = 1, mp: int = 1, zero_stage: int = 0, pe: str = "rotary", norm: str = "layernorm"
+) -> Worker:
     """Return a worker that holds `small.weights`."""
-    worker = small.worker(dp, mp, zero_stage=zero_stage, pe=pe)
+    worker = small.worker(dp, mp, zero_stage=zero_stage, pe=pe, norm=norm)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, worker.steps.state)
-    params = jax.device_put(small.weights(pe), shardings.params)
+    params = jax.device_put(small.weights(pe, norm), shardings.params)
     worker.state = TrainState(jax.device_put(jnp.int32(0), shardings.step), params, ())
     return worker
 
@@ -37,17 +39,17 @@ def generate(worker: Worker, prompts: Any, sampling: Sampling = GREEDY) -> Gener
     return worker.generate(prompts, sampling, N_NEW)
 
 
-@pytest.mark.parametrize("pe", ["rotary", "t5", "fixed"])
-def test_greedy_decoding_equals_computing_every_token_anew(pe: str) -> None:
-    tokens, logprobs = generate(host(pe=pe), PROMPTS)
+@pytest.mark.parametrize(("pe", "norm"), small.KINDS)
+def test_greedy_decoding_equals_computing_every_token_anew(pe: str, norm: str) -> None:
+    tokens, logprobs = generate(host(pe=pe, norm=norm), PROMPTS)
     sequences = np.zeros((len(PROMPTS), small.KEYS["seq"]), np.int32)
     for row, prompt in enumerate(PROMPTS):
         assert len(tokens[row]) == len(logprobs[row]) == N_NEW
         sequences[row, : len(prompt) + N_NEW] = prompt + tokens[row]
-    apply = make_model(small.parsed(pe=pe).model).apply
+    apply = make_model(small.parsed(pe=pe, norm=norm).model).apply
     positions_BT = jnp.arange(sequences.shape[1])[None]
     logits_BTV, _ = jax.jit(apply, compiler_options=small.COMPILED_FAST)(
-        small.weights(pe), sequences, positions_BT
+        small.weights(pe, norm), sequences, positions_BT
     )
     logprobs_BTV = jax.device_get(jax.nn.log_softmax(logits_BTV))
     for row, prompt in enumerate(PROMPTS):

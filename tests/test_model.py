@@ -78,6 +78,12 @@ def test_gpt_j_has_the_published_number_of_weights() -> None:
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == published + embedding_bias
 
 
+def test_no_norm_or_position_encoding_is_left_out_where_meshes_and_decoding_are_tested() -> None:
+    tested_positions, tested_norms = map(set, zip(*small.KINDS, strict=True))
+    assert tested_positions == set(POSITIONS)
+    assert tested_norms | {"layernorm-desync"} == set(NORMS)
+
+
 def test_every_parameter_has_one_row_of_dimensions_and_every_row_a_parameter() -> None:
     found = set()
     for norm in NORMS:

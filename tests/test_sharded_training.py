@@ -84,6 +84,21 @@ def test_every_mesh_and_zero_stage_trains_as_one_device(dp: int, mp: int, zero_s
     assert alone["loss"][-1] < alone["loss"][0], "nothing was learned, so nothing was compared"
 
 
+@pytest.mark.parametrize(
+    ("pe", "norm"),
+    [*small.KINDS[:4], *(pytest.param(*kind, marks=pytest.mark.slow) for kind in small.KINDS[4:])],
+)
+def test_every_norm_and_position_encoding_trains_on_a_mesh_as_on_one_device(
+    pe: str, norm: str
+) -> None:
+    """Two steps with everything spread: the second sees what the first made of the weights."""
+    alone, here = (run(*mesh, n_steps=2, pe=pe, norm=norm) for mesh in ((1, 1, 0), MASKED))
+    for name in ("loss", "last_loss", "grad_norm"):
+        np.testing.assert_allclose(here.metrics[name], alone.metrics[name], rtol=TOLERANCE)
+    ours, theirs = (jax.device_get(optax.tree.get(r.state.opt_state, "mu")) for r in (here, alone))
+    small.assert_close(ours, theirs, TOLERANCE)
+
+
 def test_every_mesh_scores_tokens_as_one_device() -> None:
     alone, here = (
         jax.device_get(
