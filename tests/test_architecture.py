@@ -35,15 +35,15 @@ ROWS: tuple[tuple[str, ...], ...] = (
         " data.prepare",
     ),
     ("pod", "pod.devices pod.worker"),
-    ("pod.cluster", "pod.tpu_vm"),
+    ("pod.cluster", "pod.startup", "pod.tpu_api pod.tpu_vm"),
     ("training.loop", "harness", "serving serving.text serving.engine serving.http", "plan"),
 )
 
 # Heavy or optional packages, and the only modules of the library that may import them.
 OWNERS = {
     "tensorflow": {"data.tfrecord"},
-    "ray": {"pod.cluster", "pod.tpu_vm"},
-    "google.cloud.tpu": {"pod.cluster", "pod.tpu_vm"},
+    "ray": {"pod.cluster"},
+    "google.cloud.tpu": {"pod.tpu_api"},
     "google.cloud.storage": {"storage"},
     "lm_eval": {"harness"},
     "tensorboard": {"trackers"},
