@@ -77,19 +77,24 @@ class Vm:
 
     def kill(self) -> None:
         """End every process of this VM, without notice."""
-        while members := list(_session(self.process.pid)):
-            for pid in members:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(0.05)
-        self.process.wait()
+        kill_session(self.process)
         shutil.rmtree(self.temporary)
         self.metadata.shutdown()
         self.metadata.server_close()
 
 
-def _session(leader: int) -> Iterator[int]:
+def kill_session(leader: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a session, and all that it has started."""
+    while members := list(session(leader.pid)):
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            leader.wait(0.05)
+    leader.wait()
+
+
+def session(leader: int) -> Iterator[int]:
     """Yield the live processes of a session, whatever their groups and parents are."""
     for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -147,7 +152,6 @@ class Vms:
                 "PATH": f"{self._image / 'bin'}:/usr/bin:/bin",
                 "HOME": str(home),
                 "TMPDIR": temporary,
-                "RAY_TMPDIR": temporary,
                 "TPU_WORKER_ID": str(index),
                 "GCE_METADATA_HOST": f"127.0.0.1:{server.server_port}",
                 **self._variables,

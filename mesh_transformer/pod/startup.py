@@ -35,7 +35,7 @@ import threading
 import tomllib
 import zipfile
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import mesh_transformer
 from mesh_transformer.errors import UserError
@@ -170,7 +170,7 @@ class Startup:
     Attributes:
         head: host:port of Ray's head, as the hosts reach it.
         wheel_url: Where they get the wheel: http:// (see `FileServer.url`) or gs://.
-        token_url: Where they get the token, unless `token_secret` names a secret.
+        token_url: Where they get the token; "" where `token_secret` names a secret.
         token_secret: See `PodConfig.tpu_token_secret`.
         extras: Of the library. Hosts that read gs:// or s3:// need "gcs" or "s3" too.
         num_cpus: Of each host, as Ray counts them. Left out: as many as there are.
@@ -180,7 +180,7 @@ class Startup:
     head: str
     wheel: Wheel
     wheel_url: str
-    token_url: str = ""
+    token_url: str
     token_secret: str = ""
     extras: tuple[str, ...] = ("tpu", "pods")
     num_cpus: int | None = None
@@ -237,15 +237,15 @@ class FileServer(http.server.ThreadingHTTPServer):
 
     def __init__(self, wheel: Wheel, token: str, *, host: str, port: int = 0) -> None:
         super().__init__((host, port), _Handler)
+        self.wheel = wheel
         self._secret = secrets.token_urlsafe(32)
-        self._token = token.encode()
-        self._wheel = wheel.path.name, wheel.path.read_bytes()
+        self._token, self._wheel = token.encode(), wheel.path.read_bytes()
         self._admitted: frozenset[str] = frozenset()
         self._thread = threading.Thread(
             target=self.serve_forever, kwargs={"poll_interval": 0.1}, name="files for hosts"
         )
 
-    def __enter__(self) -> FileServer:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -256,7 +256,7 @@ class FileServer(http.server.ThreadingHTTPServer):
 
     def url(self, what: str) -> str:
         """Return the address of "wheel" or "token"."""
-        name = {"wheel": self._wheel[0], "token": "token"}[what]
+        name = {"wheel": self.wheel.path.name, "token": "token"}[what]
         host, port = self.server_address[:2]
         return f"http://{host!s}:{port}/{self._secret}/{name}"
 
@@ -269,8 +269,8 @@ class FileServer(http.server.ThreadingHTTPServer):
         secret, _, name = path.removeprefix("/").partition("/")
         if not hmac.compare_digest(secret.encode(), self._secret.encode()):
             return 404, b""
-        if name == self._wheel[0]:
-            return 200, self._wheel[1]
+        if name == self.wheel.path.name:
+            return 200, self._wheel
         if name == "token":
             return (200, self._token) if address in self._admitted else (403, b"")
         return 404, b""

@@ -107,7 +107,8 @@ join() {
         RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL=minor RAY_gcs_rpc_server_reconnect_timeout_s=20 \
         "$venv/bin/python" -m ray.scripts.scripts start --address="$head" \
         --labels="mesh-slice=$name,mesh-worker=$worker,mesh-build=$build" \
-        ${num_cpus:+--num-cpus="$num_cpus"} --disable-usage-stats --block
+        ${num_cpus:+--num-cpus="$num_cpus"} --temp-dir="${TMPDIR:-/tmp}/ray" --disable-usage-stats \
+        --block
 }
 
 [[ $0 -ef $dir/running ]] || cp -- "$0" "$dir/running"
