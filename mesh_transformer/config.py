@@ -1,6 +1,6 @@
 """A training run as data: a flat JSON or YAML file, checked as a whole, becomes frozen dataclasses.
 
-The file's keys are the fields of the seven sections below; every key belongs to exactly one.
+The file's keys are the fields of the eight sections below; every key belongs to exactly one.
 `load` reports everything that is wrong with a file in one `ConfigError`, before any device is
 touched, and says in a `ConfigWarning` what will run but may not be meant. A key by itself is
 checked by its type, which carries its limits (`schema`); several keys together by tables (`rules`).
@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
-import inspect
 import os
 import pathlib
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from mesh_transformer import rules, schema
@@ -24,11 +22,14 @@ from mesh_transformer.schema import (
     ConfigError,
     Count,
     Fraction,
+    LabelKey,
+    LabelValue,
     Limit,
     Natural,
     NonNegative,
     Positive,
     Text,
+    TpuType,
 )
 
 
@@ -207,6 +208,38 @@ class RunConfig(_Section):
     comment: str = ""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PodConfig(_Section):
+    """The TPU VMs that a run creates, and how; where it creates none, nothing here matters.
+
+    Attributes:
+        tpu_type: Accelerator type of a slice. Left out: v3, as large as `tpu_size` says.
+        tpu_runtime: Software version of its VMs. Left out: what suits the type's generation.
+        tpu_project: Left out: the project of Application Default Credentials.
+        tpu_external_ips: Whether hosts reach the internet by addresses of their own; without them
+            they need Cloud NAT to install what the library depends on.
+        tpu_service_account: What the hosts act as. Left out: the project's default account.
+        tpu_token_secret: Secret in Secret Manager that holds the Ray token. Left out: the
+            driver hands the token to the hosts itself.
+        tpu_queued: Whether to ask by a queued resource, which waits its turn for capacity.
+        tpu_reserved: Whether to use capacity that is reserved for the project.
+        tpu_wait_minutes: How long to wait for a slice that was asked for to be ready.
+    """
+
+    tpu_type: TpuType = DERIVED
+    tpu_runtime: Text = DERIVED
+    tpu_project: Text | None = None
+    tpu_network: Text | None = None
+    tpu_subnetwork: Text | None = None
+    tpu_external_ips: bool = True
+    tpu_service_account: Text | None = None
+    tpu_token_secret: Text | None = None
+    tpu_labels: Mapping[LabelKey, LabelValue] = dataclasses.field(default_factory=dict, hash=False)
+    tpu_queued: bool = False
+    tpu_reserved: bool = False
+    tpu_wait_minutes: Count = 60
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run, checked; see `load` and `parse`."""
@@ -218,6 +251,7 @@ class Config:
     data: DataConfig
     checkpoint: CheckpointConfig
     run: RunConfig
+    pod: PodConfig
 
     def __post_init__(self) -> None:
         _, problems = _check(self._flat(), KEYS)
@@ -304,28 +338,12 @@ def _check(given: Mapping[str, Any], keys: Mapping[str, _Key]) -> tuple[dict[str
     for key, derive in rules.DERIVED.items():
         if key in keys and given.get(key) is None:
             try:
-                derived = _apply(derive, values)
+                derived = rules.apply(derive, values)
             except ValueError as error:
                 problems.append(str(error))
             else:
                 values |= {} if derived is None else {key: derived}
-    return values, problems + _broken(rules.IMPOSSIBLE, values)
-
-
-@functools.cache
-def _parameters(rule: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
-    return tuple(inspect.signature(rule).parameters.values())
-
-
-def _apply(rule: Callable[..., Any], values: Mapping[str, Any]) -> Any:
-    """Call `rule` with the keys that it names; None if one that it needs is absent."""
-    if any(p.default is p.empty and p.name not in values for p in _parameters(rule)):
-        return None
-    return rule(**{p.name: values[p.name] for p in _parameters(rule) if p.name in values})
-
-
-def _broken(table: Iterable[rules.Rule], values: Mapping[str, Any]) -> list[str]:
-    return [text for rule in table if (text := _apply(rule, values)) is not None]
+    return values, problems + rules.broken(rules.IMPOSSIBLE, values)
 
 
 def load(path: str | os.PathLike[str]) -> Config:
@@ -363,7 +381,7 @@ def _parse(mapping: Any, source: str, problems: list[str]) -> Config:
     values, wrong = _check(given | {k: v for k, v in defaults.items() if k not in given}, KEYS)
     if problems + wrong:
         raise ConfigError(source, problems + wrong)
-    for note in notes + _broken(rules.DOUBTFUL, values):
+    for note in notes + rules.broken(rules.DOUBTFUL, values):
         warnings.warn(f"{source}: {note}", ConfigWarning, stacklevel=3)
     sections: dict[str, Any] = {
         name: section(**{key: values[key] for key in _keys_of(section) if key in values})

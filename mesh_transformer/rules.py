@@ -6,13 +6,48 @@ run: when all of them are given and each is sound by itself.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 Rule = Callable[..., str | None]
 
+
+@functools.cache
+def _parameters(rule: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
+    return tuple(inspect.signature(rule).parameters.values())
+
+
+def apply(rule: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+    """Call `rule` with the keys that it names; None if one that it needs is absent."""
+    if any(p.default is p.empty and p.name not in values for p in _parameters(rule)):
+        return None
+    return rule(**{p.name: values[p.name] for p in _parameters(rule) if p.name in values})
+
+
+def broken(table: Iterable[Rule], values: Mapping[str, Any]) -> list[str]:
+    """What the rules of a table have to say against `values`."""
+    return [text for rule in table if (text := apply(rule, values)) is not None]
+
+
 TOKENIZER_SIZES = {"gpt2": 50257, "bytes": 257}
+
+# By generation: what a TPU VM runs for JAX (cloud.google.com/tpu/docs/runtimes), and the devices
+# that JAX sees for each unit that an accelerator type counts. v4 and v5p count cores, of which two
+# are one device.
+RUNTIMES = {
+    "v2": "tpu-ubuntu2204-base",
+    "v3": "tpu-ubuntu2204-base",
+    "v4": "tpu-ubuntu2204-base",
+    "v5e": "v2-alpha-tpuv5-lite",
+    "v5litepod": "v2-alpha-tpuv5-lite",
+    "v5p": "v2-alpha-tpuv5",
+    "v6e": "v2-alpha-tpuv6e",
+}
+CORES_PER_DEVICE = {"v4": 2, "v5p": 2}
+
 HINTS = {
     "val_every": 'to train without validation write "val_set": {} and leave val_every out',
     "ckpt_every": "to save only the last step, write total_steps",
@@ -41,6 +76,22 @@ def _d_head(d_model: int, n_heads: int) -> int:
     return d_model // n_heads
 
 
+def _tpu_runtime(tpu_type: str) -> str:
+    generation = tpu_type.partition("-")[0]
+    if generation not in RUNTIMES:
+        raise ValueError(
+            f"tpu_runtime of tpu_type {tpu_type!r} is not known here; set it to one that `gcloud "
+            "compute tpus tpu-vm versions list` shows"
+        )
+    return RUNTIMES[generation]
+
+
+def devices_of(tpu_type: str) -> int:
+    """Devices that JAX sees in a whole slice: 32 in a v3-32, 16 in a v4-32."""
+    generation, _, size = tpu_type.partition("-")
+    return max(1, int(size) // CORES_PER_DEVICE.get(generation, 1))
+
+
 def _unless(holds: bool, problem: str) -> str | None:
     return None if holds else problem
 
@@ -58,6 +109,8 @@ DERIVED: dict[str, Callable[..., Any]] = {
     "d_ff": lambda d_model: 4 * d_model,
     "pe_rotary_dims": lambda pe, d_head: d_head if pe == "rotary" else 0,
     "n_tokens": lambda n_vocab, tokenizer="": min(n_vocab, TOKENIZER_SIZES.get(tokenizer, n_vocab)),
+    "tpu_type": lambda tpu_size: f"v3-{tpu_size}",
+    "tpu_runtime": _tpu_runtime,
 }
 
 
@@ -122,6 +175,11 @@ IMPOSSIBLE: tuple[Rule, ...] = (
         f"model_dir {model_dir!r} cannot lie in bucket {bucket!r}; leave bucket out, or make "
         "model_dir a folder name",
     ),
+    lambda tpu_type: _unless(
+        not tpu_type.startswith("v5e-"),
+        f"tpu_type {tpu_type!r} has another name in Google Cloud; write "
+        f"{tpu_type.replace('v5e', 'v5litepod')!r}",
+    ),
 )
 DOUBTFUL: tuple[Rule, ...] = (
     lambda norm: _unless(
@@ -144,5 +202,10 @@ DOUBTFUL: tuple[Rule, ...] = (
     lambda val_set, val_batches: _unless(
         bool(val_set) or val_batches == 0,
         f"val_set is empty, so nothing is validated although val_batches is {val_batches}",
+    ),
+    lambda tpu_type, tpu_size: _unless(
+        tpu_size % devices_of(tpu_type) == 0,
+        f"tpu_size {tpu_size} is no multiple of the {devices_of(tpu_type)} devices of a "
+        f"{tpu_type}, so that no number of such slices is a whole run",
     ),
 )

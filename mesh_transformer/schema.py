@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import pathlib
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -43,6 +44,29 @@ Positive = Annotated[float, Limit(lambda x: x > 0, "a number above 0")]
 NonNegative = Annotated[float, Limit(lambda x: x >= 0, "0 or more")]
 Fraction = Annotated[float, Limit(lambda x: 0 < x <= 1, "a number above 0 and at most 1")]
 Text = Annotated[str, Limit(lambda text: text.strip() != "", "some text")]
+
+
+def _matches(pattern: str) -> Callable[[Any], bool]:
+    return lambda text: re.fullmatch(pattern, text) is not None
+
+
+TpuType = Annotated[
+    str, Limit(_matches(r"[a-z][a-z0-9]*-[1-9][0-9]*"), "an accelerator type such as 'v3-8'")
+]
+LabelKey = Annotated[
+    str,
+    Limit(
+        _matches(r"[a-z][a-z0-9_-]{0,62}"),
+        "a label of a small letter, then small letters, digits, - and _, 63 in all at most",
+    ),
+]
+LabelValue = Annotated[
+    str,
+    Limit(
+        _matches(r"[a-z0-9_-]{0,63}"),
+        "a label's value of small letters, digits, - and _, 63 in all at most",
+    ),
+]
 
 _WORDS = {
     int: "a whole number",

@@ -11,7 +11,7 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Packages that a marked test needs; the marker is named as the extra that brings them.
-NEEDS = {"parity": ("torch", "transformers"), "tpu": ("libtpu",)}
+NEEDS = {"parity": ("torch", "transformers"), "tpu": ("libtpu",), "pods": ("ray",)}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

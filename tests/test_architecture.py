@@ -35,7 +35,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
         " data.prepare",
     ),
     ("pod", "pod.devices pod.worker pod.host"),
-    ("pod.machines pod.cluster", "pod.tpu_vm"),
+    ("pod.machines pod.cluster", "pod.startup", "pod.tpu_api pod.tpu_vm"),
     (
         "training.goodput training.loop training.recovery driver",
         "harness",
@@ -47,8 +47,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
 # Heavy or optional packages, and the only modules of the library that may import them.
 OWNERS = {
     "tensorflow": {"data.tfrecord"},
-    "ray": {"pod.machines", "pod.cluster", "pod.tpu_vm"},
-    "google.cloud.tpu": {"pod.cluster", "pod.tpu_vm"},
+    "ray": {"pod.machines", "pod.cluster"},
+    "google.cloud.tpu": {"pod.tpu_api"},
     "google.cloud.storage": {"storage"},
     "lm_eval": {"harness"},
     "tensorboard": {"trackers"},

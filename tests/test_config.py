@@ -167,6 +167,33 @@ def test_derived_values_follow_from_the_others() -> None:
         assert configuration.parse(MINIMAL | {"pe": pe}).model.pe_rotary_dims == 0
 
 
+@pytest.mark.parametrize(
+    ("tpu_type", "runtime", "devices"),
+    [
+        ("v2-8", "tpu-ubuntu2204-base", 8),
+        ("v3-32", "tpu-ubuntu2204-base", 32),
+        ("v4-32", "tpu-ubuntu2204-base", 16),
+        ("v5litepod-64", "v2-alpha-tpuv5-lite", 64),
+        ("v5p-128", "v2-alpha-tpuv5", 64),
+        ("v6e-1", "v2-alpha-tpuv6e", 1),
+    ],
+)
+def test_the_runtime_and_the_devices_follow_from_the_generation(
+    tpu_type: str, runtime: str, devices: int
+) -> None:
+    pod = configuration.parse(MINIMAL | {"tpu_type": tpu_type}).pod
+    assert (pod.tpu_type, pod.tpu_runtime) == (tpu_type, runtime)
+    assert rules.devices_of(tpu_type) == devices
+
+
+def test_the_slice_is_a_v3_as_large_as_the_run_unless_named() -> None:
+    assert configuration.parse(MINIMAL | {"tpu_size": 8}).pod.tpu_type == "v3-8"
+    named = configuration.parse(MINIMAL | {"tpu_size": 32, "tpu_type": "v4-64"}).pod
+    assert (named.tpu_type, named.tpu_runtime) == ("v4-64", "tpu-ubuntu2204-base")
+    assert configuration.parse(MINIMAL).pod.tpu_type is None
+    assert configuration.PodConfig(tpu_type="v6e-8").tpu_runtime == "v2-alpha-tpuv6e"
+
+
 def test_given_values_are_not_derived() -> None:
     given = {"d_head": 10, "d_ff": 100, "pe_rotary_dims": 4, "n_tokens": 3, "n_heads": 5}
     model = configuration.parse(MINIMAL | given).model
@@ -304,6 +331,18 @@ def random_options(rng: random.Random, *, cores: int, replicas: int, vocab: int,
         "stop_on_nan": rng.random() < 0.5,
         "comment": rng.choice(["", "more"]),
         "seed": rng.randint(0, 2**32 - 1),
+        "tpu_type": rng.choice(["v2-8", "v3-32", "v4-64", "v5litepod-16", "v5p-8", "v6e-4"]),
+        "tpu_runtime": "some-runtime",
+        "tpu_project": "project",
+        "tpu_network": "network",
+        "tpu_subnetwork": "subnetwork",
+        "tpu_external_ips": rng.random() < 0.5,
+        "tpu_service_account": "host@project.iam.gserviceaccount.com",
+        "tpu_token_secret": "token",
+        "tpu_labels": rng.choice([{}, {"team": "language", "a-b_1": ""}]),
+        "tpu_queued": rng.random() < 0.5,
+        "tpu_reserved": rng.random() < 0.5,
+        "tpu_wait_minutes": rng.randint(1, 10**4),
     }
 
 

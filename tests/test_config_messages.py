@@ -120,6 +120,20 @@ WRONG_VALUES = [
     ),
     ("tpu_size", 0, "expected 1 or more, got 0; to use every device, leave it out"),
     ("bucket", "", "expected some text, got ''; to write elsewhere than to a bucket, leave it out"),
+    ("tpu_type", "v3", "expected an accelerator type such as 'v3-8', got 'v3'"),
+    ("tpu_type", "v3-08", "expected an accelerator type such as 'v3-8', got 'v3-08'"),
+    ("tpu_wait_minutes", 0, "expected 1 or more, got 0"),
+    (
+        "tpu_labels",
+        {"Team": "a"},
+        "expected a label of a small letter, then small letters, digits, - and _, 63 in all at "
+        "most, got 'Team'",
+    ),
+    (
+        "tpu_labels",
+        {"team": "A"},
+        "expected a label's value of small letters, digits, - and _, 63 in all at most, got 'A'",
+    ),
 ]  # fmt: skip
 
 
@@ -209,6 +223,15 @@ IMPOSSIBLE: list[tuple[dict, str]] = [
         "model_dir 's3://other/a' cannot lie in bucket 'bucket'; leave bucket out, or make "
         "model_dir a folder name",
     ),
+    (
+        {"tpu_type": "v5e-16"},
+        "tpu_type 'v5e-16' has another name in Google Cloud; write 'v5litepod-16'",
+    ),
+    (
+        {"tpu_type": "v9-8"},
+        "tpu_runtime of tpu_type 'v9-8' is not known here; set it to one that `gcloud compute tpus "
+        "tpu-vm versions list` shows",
+    ),
 ]
 
 DOUBTFUL: list[tuple[dict, str]] = [
@@ -229,6 +252,11 @@ DOUBTFUL: list[tuple[dict, str]] = [
     (
         {"val_batches": 3},
         "val_set is empty, so nothing is validated although val_batches is 3",
+    ),
+    (
+        {"tpu_type": "v4-32", "tpu_size": 8},
+        "tpu_size 8 is no multiple of the 16 devices of a v4-32, so that no number of such slices "
+        "is a whole run",
     ),
 ]
 
@@ -267,6 +295,8 @@ def test_each_rule_has_its_message_tested() -> None:
         {"zero_stage": 0, "tpu_size": 3},
         {"d_head": 6, "n_heads": 5},
         {"noise_scale_alpha": 1},
+        {"tpu_type": "v4-32", "tpu_size": 32},
+        {"tpu_type": "v9-8", "tpu_runtime": "v9"},
     ],
 )
 def test_an_unusual_configuration_is_accepted_without_a_word(changes: dict) -> None:
