@@ -102,8 +102,8 @@ def test_a_run_says_what_it_trains_on_what_and_what_to_do_with_it(
     ended = command(run)
     assert ended.status == 0
     assert ended.told.splitlines(keepends=True)[0] == (
-        "tiny: 11,944 parameters, 64 tokens a step, on 8 cpu device(s): 2 replica(s) of 4, ZeRO "
-        f"stage 1; writing to {run.root}\n"
+        "tiny: 11,944 parameters, 64 tokens a step, on 8 cpu device(s) of unknown peak, so without "
+        f"MFU: 2 replica(s) of 4, ZeRO stage 1; writing to {run.root}\n"
     )
     first, *_, last = (line for line in ended.output.splitlines() if line.startswith("step"))
     assert first.startswith("step 1/10  loss 5.")
