@@ -135,6 +135,13 @@ def test_a_creation_that_fails_for_now_leaves_nothing_and_may_be_tried_again(
     assert vm.ensure().ready
 
 
+def test_an_operation_that_is_forgotten_has_not_failed(cloud: Any, time: Time) -> None:
+    cloud.plans["a"] = ["CREATING", "CREATING", "CREATING", "READY"]
+    cloud.faults["GetOperation"] = [fake.Fault(StatusCode.NOT_FOUND)] * 3
+    assert make_vm(time).ensure().ready
+    assert not cloud.faults["GetOperation"] and not cloud.methods("Delete")
+
+
 def test_a_creation_that_fails_for_good_says_what_to_change(cloud: Any, time: Time) -> None:
     cloud.failures = [(StatusCode.INVALID_ARGUMENT, "Network net is not found.")]
     with pytest.raises(UserError) as caught:

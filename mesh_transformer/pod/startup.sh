@@ -116,11 +116,11 @@ find_worker
 pause=1
 while :; do
     renew
-    began=$SECONDS
+    began=$(date +%s)
     if install_library && fetch_token; then
         join || say "left the cluster (status $?)"
     fi
-    ((SECONDS - began < 60)) || pause=1
+    (($(date +%s) - began < 60)) || pause=1 # it had been a node for a while
     sleep "$pause"
     ((pause = pause < 30 ? 2 * pause : 60))
 done
