@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 
 from mesh_transformer import config
 from mesh_transformer.errors import run_command
@@ -56,13 +55,8 @@ def main() -> int:
         if args.new:  # only now, when nothing that the new run needs was found missing
             checkpoints.clear()
         done = loop.train(worker, run, data, signals, n_devices=n_devices, device_kind=kind)
-    if done.stopped_by:
-        print(f"Stopped at step {done.step}, which is saved. {GO_ON}")
-        return 128 + done.stopped_by
-    print(f"Trained to step {done.step}. Checkpoints and metrics.jsonl are in {root}")
-    print(f"  to see the loss:  {sys.executable} -m mesh_transformer.plot {root}")
-    print(f"  to sample text:   {sys.executable} device_sample.py --config {args.config}")
-    return 0
+    print(done.told(run, args.config, GO_ON))
+    return done.status
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ on from there by itself. Ctrl-C and SIGTERM save a checkpoint first.
 from __future__ import annotations
 
 import argparse
-import sys
 
 from mesh_transformer import config
 from mesh_transformer.errors import UserError, run_command
@@ -51,14 +50,8 @@ def main() -> int:
         tune_model_path=args.tune_model_path,
         fresh_opt=args.fresh_opt,
     )
-    if done.stopped_by:
-        print(f"Stopped at step {done.step}, which is saved. {GO_ON}")
-        return 128 + done.stopped_by
-    root = run.checkpoint.root
-    print(f"Trained to step {done.step}. Checkpoints and metrics.jsonl are in {root}")
-    print(f"  to see the loss:  {sys.executable} -m mesh_transformer.plot {root}")
-    print(f"  to sample text:   {sys.executable} device_sample.py --config {args.config}")
-    return 0
+    print(done.told(run, args.config, GO_ON))
+    return done.status
 
 
 if __name__ == "__main__":

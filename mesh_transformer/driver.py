@@ -43,12 +43,16 @@ def train(
     data_for = functools.cache(functools.partial(loop.Data, config))
     if config.mesh.tpu_size:
         data_for(config.mesh.tpu_size)  # what is wrong with it shows before hosts are started
-    to_clear = new
+    to_clear, told = new, False
 
     def prepare(session: recovery.Running) -> None:
-        nonlocal to_clear
+        nonlocal to_clear, told
         if tune_model_path and (to_clear or session.latest() is None):
             session.tune_from(tune_model_path, fresh_opt=fresh_opt)
+        elif tune_model_path and not told:
+            told = True
+            root = config.checkpoint.root
+            _logger.warning("%s goes on as it is; --new starts over from --tune-model-path", root)
         if to_clear:  # only now, when nothing that the new run needs was found missing
             session.clear()
             to_clear = False

@@ -13,6 +13,7 @@ from the last checkpoint.
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import math
 import time
@@ -74,13 +75,13 @@ class Cluster:
             SessionLost: A host did not come up, or was lost.
             UserError: The configuration does not fit the devices, or versions differ.
         """
-        self._config = config
         self._deadlines = deadlines
         self._compiled = False
         self._hosts: list[Any] = []
         self._names = [node.address for node in nodes]
         self._steps: collections.deque[_Step] = collections.deque()
-        try:
+        with contextlib.ExitStack() as undone:
+            undone.callback(self.kill)
             self._hosts = [_actor(node) for node in nodes]
             infos: list[HostInfo] = self._all("info", seconds=deadlines.start)
             self._names = [info.name for info in infos]
@@ -100,9 +101,7 @@ class Cluster:
                 ],
                 deadlines.start,
             )
-        except BaseException:
-            self.kill()
-            raise
+            undone.pop_all()
         self.devices = joined[0]
 
     def __enter__(self) -> Cluster:
@@ -133,14 +132,8 @@ class Cluster:
 
     def evaluate(self, tokens_BT1: np.ndarray, mask_BT: np.ndarray | None = None) -> Evaluation:
         """Score the given tokens with the current weights; any number of sequences."""
-        n = len(tokens_BT1)
-        missing = -n % self._config.replicas(self.devices.n)
-        padded = np.concatenate([tokens_BT1, np.repeat(tokens_BT1[-1:], missing, axis=0)])
-        loss_BT, correct_BT = self._all("evaluate", ray.put(padded))[0]
-        loss_BT, correct_BT = loss_BT[:n], correct_BT[:n]
-        if mask_BT is None:
-            return Evaluation(loss_BT, correct_BT)
-        return Evaluation(np.where(mask_BT, loss_BT, 0), correct_BT & np.asarray(mask_BT, bool))
+        evaluation: Evaluation = self._all("evaluate", ray.put(tokens_BT1), mask_BT)[0]
+        return evaluation
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int

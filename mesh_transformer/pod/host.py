@@ -144,9 +144,9 @@ class Host:
         before, self._before = self._before, None
         return None if before is None else _numbers(before)
 
-    def evaluate(self, tokens_BT1: np.ndarray) -> Evaluation:
+    def evaluate(self, tokens_BT1: np.ndarray, mask_BT: np.ndarray | None) -> Evaluation:
         """Score tokens with the current weights."""
-        return self._worker.evaluate(tokens_BT1)
+        return self._worker.evaluate(tokens_BT1, mask_BT)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int

@@ -8,6 +8,7 @@ import itertools
 import logging
 import math
 import signal
+import sys
 import threading
 import types
 from collections.abc import Mapping
@@ -41,6 +42,27 @@ class Finished(NamedTuple):
 
     step: int
     stopped_by: signal.Signals | None
+
+    @property
+    def status(self) -> int:
+        """The exit status of a command that ends so."""
+        return 128 + self.stopped_by if self.stopped_by else 0
+
+    def told(self, config: Config, path: str, go_on: str) -> str:
+        """Say how training ended, and what to do next.
+
+        Args:
+            path: The configuration's file.
+            go_on: How the run goes on if a signal ended it.
+        """
+        if self.stopped_by:
+            return f"Stopped at step {self.step}, which is saved. {go_on}"
+        root = config.checkpoint.root
+        return (
+            f"Trained to step {self.step}. Checkpoints and metrics.jsonl are in {root}\n"
+            f"  to see the loss:  {sys.executable} -m mesh_transformer.plot {root}\n"
+            f"  to sample text:   {sys.executable} device_sample.py --config {path}"
+        )
 
 
 class TrainingError(UserError):
