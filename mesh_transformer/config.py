@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from mesh_transformer import rules, schema
 from mesh_transformer.schema import (
     ConfigError,
+    ConfigWarning,
     Count,
     Fraction,
     LabelKey,
@@ -31,11 +32,6 @@ from mesh_transformer.schema import (
     Text,
     TpuType,
 )
-
-
-class ConfigWarning(UserWarning):
-    """A configuration that runs, but perhaps not as its author thinks."""
-
 
 Norm = Literal[
     "layernorm", "layernorm-nobias", "layernorm-desync",
@@ -210,9 +206,13 @@ class RunConfig(_Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PodConfig(_Section):
-    """The TPU VMs that a run creates, and how; where it creates none, nothing here matters.
+    """The hosts of a run on many: how long to wait for them, and the TPU VMs that it may create.
 
     Attributes:
+        pod_start_seconds: What a host may take to come up, compile, restore, save or score.
+        pod_step_seconds: What it may take for an optimizer step, once one is compiled.
+        pod_heartbeat_seconds: After which JAX ends all hosts if one of them is silent.
+        pod_retries: How often in a row to start lost hosts again without a new checkpoint between.
         tpu_type: Accelerator type of a slice. Left out: v3, as large as `tpu_size` says.
         tpu_runtime: Software version of its VMs. Left out: what suits the type's generation.
         tpu_project: Left out: the project of Application Default Credentials.
@@ -226,6 +226,10 @@ class PodConfig(_Section):
         tpu_wait_minutes: How long to wait for a slice that was asked for to be ready.
     """
 
+    pod_start_seconds: Count = 1800
+    pod_step_seconds: Count = 600
+    pod_heartbeat_seconds: Count = 60
+    pod_retries: Natural = 5
     tpu_type: TpuType = DERIVED
     tpu_runtime: Text = DERIVED
     tpu_project: Text | None = None

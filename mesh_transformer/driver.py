@@ -60,7 +60,7 @@ def train(
     with loop.StopSignals() as signals, Pod(n_local=n_local, address=address) as pod:
         try:
             return recovery.train(
-                lambda: Cluster(config, pod.nodes()),
+                lambda: Cluster(config, pod.nodes(config.pod.pod_start_seconds)),
                 config,
                 data_for,
                 signals,

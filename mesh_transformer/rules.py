@@ -175,6 +175,12 @@ IMPOSSIBLE: tuple[Rule, ...] = (
         f"model_dir {model_dir!r} cannot lie in bucket {bucket!r}; leave bucket out, or make "
         "model_dir a folder name",
     ),
+    lambda pod_step_seconds, pod_start_seconds: _unless(
+        pod_step_seconds <= pod_start_seconds,
+        f"pod_start_seconds {pod_start_seconds} is less than pod_step_seconds {pod_step_seconds}, "
+        "although the first step is compiled and taken within it; raise it to "
+        f"{pod_step_seconds} or more",
+    ),
     lambda tpu_type: _unless(
         not tpu_type.startswith("v5e-"),
         f"tpu_type {tpu_type!r} has another name in Google Cloud; write "

@@ -31,6 +31,10 @@ class ConfigError(UserError):
         return "\n  - ".join((heading, *self.problems))
 
 
+class ConfigWarning(UserWarning):
+    """A configuration that runs, but perhaps not as its author thinks."""
+
+
 class Limit(NamedTuple):
     """What a value must satisfy beyond its type, as a test and in words."""
 

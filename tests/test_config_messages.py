@@ -123,6 +123,9 @@ WRONG_VALUES = [
     ("tpu_type", "v3", "expected an accelerator type such as 'v3-8', got 'v3'"),
     ("tpu_type", "v3-08", "expected an accelerator type such as 'v3-8', got 'v3-08'"),
     ("tpu_wait_minutes", 0, "expected 1 or more, got 0"),
+    ("pod_step_seconds", 0, "expected 1 or more, got 0"),
+    ("pod_heartbeat_seconds", 0.5, "expected a whole number, got 0.5 (float)"),
+    ("pod_retries", -1, "expected 0 or more, got -1"),
     (
         "tpu_labels",
         {"Team": "a"},
@@ -224,6 +227,11 @@ IMPOSSIBLE: list[tuple[dict, str]] = [
         "model_dir a folder name",
     ),
     (
+        {"pod_start_seconds": 60, "pod_step_seconds": 90},
+        "pod_start_seconds 60 is less than pod_step_seconds 90, although the first step is "
+        "compiled and taken within it; raise it to 90 or more",
+    ),
+    (
         {"tpu_type": "v5e-16"},
         "tpu_type 'v5e-16' has another name in Google Cloud; write 'v5litepod-16'",
     ),
@@ -295,6 +303,7 @@ def test_each_rule_has_its_message_tested() -> None:
         {"zero_stage": 0, "tpu_size": 3},
         {"d_head": 6, "n_heads": 5},
         {"noise_scale_alpha": 1},
+        {"pod_step_seconds": 1800, "pod_retries": 0},
         {"tpu_type": "v4-32", "tpu_size": 32},
         {"tpu_type": "v9-8", "tpu_runtime": "v9"},
     ],

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from configurations import MINIMAL
 
+from mesh_transformer.config import parse
 from mesh_transformer.errors import UserError
 from mesh_transformer.pod.host import Devices
 from mesh_transformer.session import SessionLost
 from mesh_transformer.training import goodput, loop, recovery
-from mesh_transformer.training.recovery import Retries
 
 DONE = loop.Finished(10, None)
 
@@ -32,7 +33,7 @@ class Attempts:
         latest, self.end = next(self.ends)
         yield SimpleNamespace(devices=Devices(2, "cpu", 9), latest=lambda: latest)
 
-    def train(self, monkeypatch: pytest.MonkeyPatch, retries: Retries) -> loop.Finished:
+    def train(self, monkeypatch: pytest.MonkeyPatch, **keys: int) -> loop.Finished:
         def trained(*_: Any, **__: Any) -> loop.Finished:
             if self.end:
                 raise self.end
@@ -44,12 +45,11 @@ class Attempts:
         data_for: Callable[[int], Any] = lambda n_devices: None  # noqa: E731
         return recovery.train(
             self.start,
-            anything,
+            parse(MINIMAL | keys),
             data_for,
             anything,
             prepare=lambda session: self.prepared.append(session.latest()),
             ledger=goodput.Ledger(),
-            retries=retries,
             sleep=self.waits.append,
         )
 
@@ -62,7 +62,7 @@ def test_a_lost_session_is_started_again_and_the_loss_is_told(
 ) -> None:
     attempts = Attempts((None, LOST), (3, LOST), (5, None))
     with caplog.at_level(logging.WARNING):
-        assert attempts.train(monkeypatch, Retries(budget=1)) == DONE
+        assert attempts.train(monkeypatch, pod_retries=1) == DONE
     assert attempts.prepared == [None, 3, 5]
     assert str(LOST) in caplog.text and "starting again from the last checkpoint" in caplog.text
 
@@ -70,20 +70,21 @@ def test_a_lost_session_is_started_again_and_the_loss_is_told(
 def test_losses_without_a_new_checkpoint_wait_longer_each_time_and_end_at_the_budget(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    attempts = Attempts(*[(3, LOST)] * 5)
-    with pytest.raises(SessionLost, match="process 7"):
-        attempts.train(monkeypatch, Retries(budget=4, first_wait=1, longest_wait=3))
-    assert attempts.waits == [1, 2, 3, 3]
+    attempts = Attempts(*[(3, LOST)] * 10)
+    told = r"(?s)process 7.*loss 10 without a new checkpoint, and pod_retries is 9"
+    with pytest.raises(SessionLost, match=told):
+        attempts.train(monkeypatch, pod_retries=9)
+    assert attempts.waits == [1, 2, 4, 8, 16, 32, 64, 120, 120]
 
 
 def test_a_new_checkpoint_forgives_earlier_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = Attempts(*[(step, LOST) for step in range(9)], (9, None))
-    assert attempts.train(monkeypatch, Retries(budget=1)) == DONE
+    assert attempts.train(monkeypatch, pod_retries=1) == DONE
     assert attempts.waits == [1] * 9
 
 
 def test_what_would_go_wrong_again_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = Attempts((None, UserError("step 3: loss is nan")))
     with pytest.raises(UserError, match="loss is nan"):
-        attempts.train(monkeypatch, Retries())
+        attempts.train(monkeypatch)
     assert attempts.waits == []

@@ -1,6 +1,6 @@
 """A pod: the session protocol over one Ray actor per host, all of them in one JAX program.
 
-    with Pod(n_local=2) as pod, Cluster(config, pod.nodes()) as session:
+    with Pod(n_local=2) as pod, Cluster(config, pod.nodes(1800)) as session:
         session.train(tokens_ABT1)
 
 Ray carries token ids and scalars; arrays stay on the devices. Every host gets the whole batch, and
@@ -15,7 +15,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -46,36 +45,26 @@ _SECONDS_TO_BLAME = 3.0
 _logger = logging.getLogger(__name__)
 
 
-class Deadlines(NamedTuple):
-    """How long what a host is asked for may take, in seconds.
+class _Deadline(NamedTuple):
+    """How long an answer may take, and the configuration key that says so."""
 
-    Attributes:
-        start: To come up and join; to compile, restore or save.
-        step: For a step, once one is compiled.
-        heartbeat: Until JAX itself ends hosts of which one is silent.
-    """
-
-    start: float = 1800.0
-    step: float = 600.0
-    heartbeat: int = 60
-
-
-DEADLINES = Deadlines()
+    key: str
+    seconds: int
 
 
 class Cluster:
     """A session on all hosts of a pod; the devices of all of them make one mesh."""
 
-    def __init__(
-        self, config: Config, nodes: Sequence[Node], deadlines: Deadlines = DEADLINES
-    ) -> None:
+    def __init__(self, config: Config, nodes: Sequence[Node]) -> None:
         """Start a host on each node, in this order, and let them join.
 
         Raises:
             SessionLost: A host did not come up, or was lost.
             UserError: The configuration does not fit the devices, or versions differ.
         """
-        self._deadlines = deadlines
+        pod = config.pod
+        self._starting = _Deadline("pod_start_seconds", pod.pod_start_seconds)
+        self._stepping = _Deadline("pod_step_seconds", pod.pod_step_seconds)
         self._compiled = False
         self._hosts: list[Any] = []
         self._names = [node.address for node in nodes]
@@ -83,7 +72,7 @@ class Cluster:
         with contextlib.ExitStack() as undone:
             undone.callback(self.kill)
             self._hosts = [_actor(node) for node in nodes]
-            infos: list[HostInfo] = self._all("info", seconds=deadlines.start)
+            infos: list[HostInfo] = self._all("info")
             self._names = [info.name for info in infos]
             _check_versions(infos)
             joined: list[Devices] = self._wait(
@@ -94,12 +83,12 @@ class Cluster:
                         coordinator=infos[0].address,
                         n_hosts=len(nodes),
                         index=index,
-                        seconds=math.ceil(deadlines.start),
-                        heartbeat_seconds=deadlines.heartbeat,
+                        seconds=pod.pod_start_seconds,
+                        heartbeat_seconds=pod.pod_heartbeat_seconds,
                     )
                     for index, host in enumerate(self._hosts)
                 ],
-                deadlines.start,
+                self._starting,
             )
             undone.pop_all()
         self.devices = joined[0]
@@ -180,37 +169,37 @@ class Cluster:
             first = self._steps[0]
             if not first.refs:
                 first.refs = [host.settle.remote() for host in self._hosts]
-            seconds = self._deadlines.step if self._compiled else self._deadlines.start
+            deadline = self._stepping if self._compiled else self._starting
             if first.begun:
-                self._wait("train", first.begun, seconds)
-            first.numbers = self._wait("train", first.refs, seconds)[0]
+                self._wait("train", first.begun, deadline)
+            first.numbers = self._wait("train", first.refs, deadline)[0]
             self._compiled = True
             self._steps.popleft()
             if first is step:
                 return
 
-    def _all(self, method: str, *args: Any, seconds: float | None = None) -> list[Any]:
+    def _all(self, method: str, *args: Any) -> list[Any]:
         """Call a method of every host, and wait for all of them."""
         if self._steps:
             self.settle(self._steps[-1])
         refs = [getattr(host, method).remote(*args) for host in self._hosts]
-        return self._wait(method, refs, self._deadlines.start if seconds is None else seconds)
+        return self._wait(method, refs, self._starting)
 
-    def _wait(self, method: str, refs: Sequence[Any], seconds: float) -> list[Any]:
+    def _wait(self, method: str, refs: Sequence[Any], deadline: _Deadline) -> list[Any]:
         """Return what every host answers; the first that fails ends the wait.
 
         Raises:
             SessionLost: A host is gone, raised what may pass, or has not answered in time.
             UserError: What a host raised is the user's to mend.
         """
-        end, pending = time.monotonic() + seconds, list(refs)
+        end, pending = time.monotonic() + deadline.seconds, list(refs)
         while pending:
             ready, pending = ray.wait(pending, timeout=max(0.0, end - time.monotonic()))
             if not ready:
                 late = ", ".join(self._names[refs.index(ref)] for ref in pending)
                 raise SessionLost(
-                    f"no answer to {method} after {seconds:.0f} s from {late}: it hangs, or needs "
-                    "longer than the deadline"
+                    f"no answer to {method} after {deadline.seconds} s from {late}: it hangs, or "
+                    f"{deadline.key} must be raised"
                 )
             if _error(ready[0]):
                 raise self._failure(method, refs)

@@ -61,8 +61,11 @@ class Pod:
     def __exit__(self, *_: object) -> None:
         ray.shutdown()
 
-    def nodes(self, seconds: float = 1800.0) -> list[Node]:
+    def nodes(self, seconds: int) -> list[Node]:
         """Give the places for hosts, in the order of hosts, once all machines are there (again).
+
+        Args:
+            seconds: How long to wait for machines: `pod_start_seconds`.
 
         Raises:
             SessionLost: Machines are missing, and did not come back in time.
@@ -75,7 +78,7 @@ class Pod:
             if time.monotonic() > end:
                 raise SessionLost(
                     f"{len(machines)} of {self._n_machines} machines are there after "
-                    f"{seconds:.0f} s"
+                    f"{seconds} s; pod_start_seconds says how long to wait for the others"
                 )
             if told != (told := len(machines)):
                 _logger.info("waiting for machines: %d of %d", told, self._n_machines)

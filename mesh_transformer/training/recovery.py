@@ -11,12 +11,15 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from mesh_transformer.config import Config
 from mesh_transformer.pod.host import Devices
 from mesh_transformer.session import Session, SessionLost
 from mesh_transformer.training import goodput, loop
+
+_FIRST_WAIT = 1.0  # seconds before a loss is retried; doubled for each more without a checkpoint
+_LONGEST_WAIT = 120.0
 
 _logger = logging.getLogger(__name__)
 
@@ -39,23 +42,6 @@ class Running(Session, Protocol):
         ...
 
 
-class Retries(NamedTuple):
-    """How often to start again.
-
-    Attributes:
-        budget: Losses in a row without a new checkpoint between them, after which it is given up.
-        first_wait: Seconds before the first of them is retried; doubled for each more.
-        longest_wait: Seconds that it is never doubled beyond.
-    """
-
-    budget: int = 5
-    first_wait: float = 1.0
-    longest_wait: float = 120.0
-
-
-RETRIES = Retries()
-
-
 def train(
     start: Callable[[], contextlib.AbstractContextManager[Running]],
     config: Config,
@@ -64,7 +50,6 @@ def train(
     *,
     prepare: Callable[[Running], None],
     ledger: goodput.Ledger,
-    retries: Retries = RETRIES,
     sleep: Callable[[float], None] = time.sleep,
 ) -> loop.Finished:
     """Train until `total_steps` or a signal, starting sessions as they are lost.
@@ -76,7 +61,7 @@ def train(
         ledger: Books where the time goes.
 
     Raises:
-        SessionLost: `retries.budget` sessions were lost in a row and none saved a checkpoint.
+        SessionLost: More sessions than `pod_retries` were lost in a row without a new checkpoint.
         UserError: What would go wrong again; it is not retried.
     """
     losses, newest = 0, -1
@@ -100,21 +85,33 @@ def train(
                 )
         except SessionLost as error:
             losses += 1
-            if losses > retries.budget:
-                raise
-            wait = min(retries.first_wait * 2 ** (losses - 1), retries.longest_wait)
-            _logger.warning("%s", error)
-            _logger.warning(
-                "starting again from the last checkpoint in %.0f s (loss %d of at most %d without "
-                "a new checkpoint)",
-                wait,
-                losses,
-                retries.budget,
-            )
+            wait = _wait_after(error, losses, config.pod.pod_retries)
             ledger.restarts += 1
             with ledger.during(goodput.WAITING):
                 sleep(wait)
             ledger.now(goodput.STARTING)
+
+
+def _wait_after(error: SessionLost, losses: int, budget: int) -> float:
+    """Tell of a loss, and say in how many seconds to start again.
+
+    Raises:
+        SessionLost: The budget is spent.
+    """
+    if losses > budget:
+        raise SessionLost(
+            f"{error}\nthat was loss {losses} without a new checkpoint, and pod_retries is {budget}"
+        ) from error
+    wait = min(_FIRST_WAIT * 2 ** (losses - 1), _LONGEST_WAIT)
+    _logger.warning("%s", error)
+    _logger.warning(
+        "starting again from the last checkpoint in %.0f s (loss %d of at most %d without a new "
+        "checkpoint)",
+        wait,
+        losses,
+        budget,
+    )
+    return wait
 
 
 def _forgiven(losses: int, newest: int, latest: int | None) -> tuple[int, int]:
