@@ -67,6 +67,7 @@ class MetricsLog:
         peak_flops_per_second: Of all devices together; None leaves MFU unknown.
         sinks: Started trackers, closed with the log.
         shown: Shows the run to a person; by default a bar on a terminal, lines elsewhere.
+        pod: Tells how the hosts stand, to log and show that too.
         clock: Seconds that only go forward.
     """
 
@@ -82,6 +83,7 @@ class MetricsLog:
         peak_flops_per_second: float | None = None,
         sinks: Sequence[trackers.Tracker] = (),
         shown: progress.Progress | None = None,
+        pod: Callable[[], progress.PodStatus] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._step = step
@@ -90,6 +92,7 @@ class MetricsLog:
         self._flops_per_token = flops_per_token
         self._peak_flops_per_second = peak_flops_per_second
         self._sinks = sinks
+        self._pod = pod
         self._pace = throughput.Pace(clock)
         self._noise = noise_scale.RunningAverage(alpha=noise_scale_alpha)
         with contextlib.ExitStack() as opened:
@@ -104,7 +107,15 @@ class MetricsLog:
             self._opened = opened.pop_all()
 
     @classmethod
-    def for_run(cls, config: Config, *, step: int, n_devices: int, device_kind: str) -> MetricsLog:
+    def for_run(
+        cls,
+        config: Config,
+        *,
+        step: int,
+        n_devices: int,
+        device_kind: str,
+        pod: Callable[[], progress.PodStatus] | None = None,
+    ) -> MetricsLog:
         """Open the log of a configured run, and start the trackers that it asks for.
 
         Args:
@@ -112,6 +123,7 @@ class MetricsLog:
             step: The step that was restored; 0 begins a new log.
             n_devices: Devices that the run trains on.
             device_kind: Their `jax.Device.device_kind`, for their peak.
+            pod: As above.
 
         Raises:
             trackers.TrackerError: A tracker cannot start.
@@ -131,6 +143,7 @@ class MetricsLog:
             flops_per_token=throughput.train_flops_per_token(config.model),
             peak_flops_per_second=None if peak is None else n_devices * peak,
             sinks=trackers.start(config, step),
+            pod=pod,
         )
 
     def __enter__(self) -> MetricsLog:
@@ -161,6 +174,7 @@ class MetricsLog:
         self._tokens += self._batch.tokens
         seconds = self._pace.tick()
         rate = self._batch.tokens / seconds if seconds else None
+        pod = self._pod() if self._pod else None
         self._write(
             {
                 "step": step,
@@ -175,9 +189,10 @@ class MetricsLog:
                 "train/step_seconds": seconds,
                 "train/tokens_per_sec": rate,
                 "train/mfu": self._mfu(rate),
+                **({f"pod/{name}": value for name, value in pod._asdict().items()} if pod else {}),
             }
         )
-        self._show(metrics)
+        self._show(metrics, pod)
 
     def validation(
         self,
@@ -268,7 +283,7 @@ class MetricsLog:
             return None
         return throughput.mfu(tokens_per_second, self._flops_per_token, self._peak_flops_per_second)
 
-    def _show(self, metrics: Metrics) -> None:
+    def _show(self, metrics: Metrics, pod: progress.PodStatus | None) -> None:
         seconds = self._pace.recent_seconds
         rate = self._batch.tokens / seconds if seconds else None
         wall = self._pace.wall_seconds
@@ -279,6 +294,7 @@ class MetricsLog:
             tokens_per_second=rate,
             mfu=self._mfu(rate),
             eta_seconds=None if wall is None else wall * left,
+            pod=pod,
         )
         self._progress.show(self._step, status)
 

@@ -5,13 +5,15 @@
      "sequences_processed": ..., "tokens_processed": ...,
      "noise/G_noise": ..., "noise/S_noise": ..., "noise/G_noise_avg": ..., "noise/S_noise_avg": ...,
      "noise/B_simple": ..., "noise/B_simple_tokens": ...,
-     "train/step_seconds": ..., "train/tokens_per_sec": ..., "train/mfu": ...}
+     "train/step_seconds": ..., "train/tokens_per_sec": ..., "train/mfu": ...,
+     "pod/hosts": ..., "pod/restarts": ..., "pod/goodput": ...}
     {"step": 7, "val/loss_pile": ..., "val/accuracy_pile": ..., "val/bits_per_byte_pile": ...}
 
 Losses are in nats per token. `noise_scale` explains the noise scale, which is in sequences where
-it does not say tokens, and `throughput` MFU. null is a value that is not known. NaN and the
-infinities, which JSON lacks, are the strings "NaN", "Infinity" and "-Infinity". Numbers are written
-in full: what is read has the bits of what was written.
+it does not say tokens, and `throughput` MFU. What begins with pod/ is there if a driver has hosts,
+and counts from its start. null is a value that is not known. NaN and the infinities, which JSON
+lacks, are the strings "NaN", "Infinity" and "-Infinity". Numbers are written in full: what is read
+has the bits of what was written.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ from mesh_transformer import storage
 from mesh_transformer.errors import UserError
 
 NAME = "metrics.jsonl"
-TIMING = ("train/step_seconds", "train/tokens_per_sec", "train/mfu")
+TIMING = (
+    *("train/step_seconds", "train/tokens_per_sec", "train/mfu"),
+    *("pod/hosts", "pod/restarts", "pod/goodput"),
+)
 """The fields that differ between a run and its repetition; all others are equal to the bit."""
 
 Line = dict[str, Any]

@@ -18,6 +18,23 @@ Advance = Callable[[int], object]
 """Tells that so much more is done."""
 
 
+class PodStatus(NamedTuple):
+    """How the hosts of a run stand.
+
+    Attributes:
+        hosts: Hosts that are alive.
+        restarts: How often all of them were started again.
+        goodput: Share of wall time so far that trained and was not lost.
+    """
+
+    hosts: int
+    restarts: int
+    goodput: float
+
+    def __str__(self) -> str:
+        return f"hosts {self.hosts}  restarts {self.restarts}  goodput {self.goodput:.1%}"
+
+
 class Status(NamedTuple):
     """How a run stands after an optimizer step; None where a number is not known (yet).
 
@@ -25,6 +42,7 @@ class Status(NamedTuple):
         loss: nats/token.
         mfu: Fraction of the devices' peak.
         eta_seconds: Wall-clock time left, at the pace so far, validation and saving included.
+        pod: None where there is no driver.
     """
 
     loss: float
@@ -32,6 +50,7 @@ class Status(NamedTuple):
     tokens_per_second: float | None
     mfu: float | None
     eta_seconds: float | None
+    pod: PodStatus | None = None
 
     def __str__(self) -> str:
         parts = [f"loss {self.loss:.4f}"]
@@ -42,6 +61,8 @@ class Status(NamedTuple):
             parts.append(f"MFU {self.mfu:.1%}")
         if self.eta_seconds is not None:
             parts.append(f"ETA {datetime.timedelta(seconds=round(self.eta_seconds))}")
+        if self.pod is not None:
+            parts.append(str(self.pod))
         return "  ".join(parts)
 
 
@@ -85,7 +106,7 @@ class Lines:
 
 
 class Bar:
-    """Progress as one live line under the messages of the run."""
+    """Progress as one live line under the messages of the run, two if it has a pod."""
 
     def __init__(self, total_steps: int, stream: IO[str], step: int = 0) -> None:
         import rich.progress
@@ -102,7 +123,8 @@ class Bar:
 
     def show(self, step: int, status: Status) -> None:
         """Move the bar; it is redrawn ten times a second at most."""
-        self._bar.update(self._task, completed=step, description=str(status))
+        lines = [str(status._replace(pod=None)), *([str(status.pod)] if status.pod else [])]
+        self._bar.update(self._task, completed=step, description="\n".join(lines))
 
     def say(self, message: str) -> None:
         """Write a line above the bar."""

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from mesh_transformer import progress
-from mesh_transformer.progress import Status
+from mesh_transformer.progress import PodStatus, Status
 
 KNOWN = Status(
     loss=2.34567, learning_rate=1.2e-4, tokens_per_second=12345, mfu=0.4512, eta_seconds=3725.4
@@ -28,6 +28,20 @@ class Clock:
 def test_a_status_reads_as_one_line_and_leaves_out_what_is_not_known() -> None:
     assert str(KNOWN) == "loss 2.3457  12.3k tok/s  lr 1.2e-04  MFU 45.1%  ETA 1:02:05"
     assert str(FIRST) == "loss 10.8000  lr 0.0e+00"
+    pod = PodStatus(hosts=4, restarts=1, goodput=0.8123)
+    assert str(KNOWN._replace(pod=pod)) == f"{KNOWN}  hosts 4  restarts 1  goodput 81.2%"
+
+
+def test_a_narrow_terminal_shows_all_of_a_pod(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal, alone = Terminal(), KNOWN._replace(mfu=None)
+    bar = progress.for_stream(520, stream=terminal)
+    bar.show(41, alone._replace(pod=PodStatus(hosts=4, restarts=1, goodput=0.8123)))
+    bar.close()
+    shown = terminal.getvalue()
+    assert "41/520" in shown and str(alone) in shown
+    assert "hosts 4  restarts 1  goodput 81.2%" in shown
 
 
 @pytest.mark.parametrize(

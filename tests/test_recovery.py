@@ -14,6 +14,7 @@ from configurations import MINIMAL
 from mesh_transformer.config import parse
 from mesh_transformer.errors import UserError
 from mesh_transformer.pod.host import Devices
+from mesh_transformer.progress import PodStatus
 from mesh_transformer.session import SessionLost
 from mesh_transformer.training import goodput, loop, recovery
 
@@ -27,14 +28,16 @@ class Attempts:
         self.ends = iter(ends)
         self.prepared: list[int | None] = []
         self.waits: list[float] = []
+        self.statuses: list[PodStatus] = []
 
     @contextlib.contextmanager
     def start(self) -> Iterator[Any]:
         latest, self.end = next(self.ends)
-        yield SimpleNamespace(devices=Devices(2, "cpu", 9), latest=lambda: latest)
+        yield SimpleNamespace(devices=Devices(2, "cpu", 9), latest=lambda: latest, n_alive=2)
 
     def train(self, monkeypatch: pytest.MonkeyPatch, **keys: int) -> loop.Finished:
-        def trained(*_: Any, **__: Any) -> loop.Finished:
+        def trained(*_: Any, pod: Callable[[], PodStatus], **__: Any) -> loop.Finished:
+            self.statuses.append(pod())
             if self.end:
                 raise self.end
             return DONE
@@ -64,6 +67,7 @@ def test_a_lost_session_is_started_again_and_the_loss_is_told(
     with caplog.at_level(logging.WARNING):
         assert attempts.train(monkeypatch, pod_retries=1) == DONE
     assert attempts.prepared == [None, 3, 5]
+    assert attempts.statuses == [PodStatus(2, restarts, 0.0) for restarts in range(3)]
     assert str(LOST) in caplog.text and "starting again from the last checkpoint" in caplog.text
 
 

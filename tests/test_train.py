@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
     done = processes.ended(run.start("train.py", "--config", str(run.config), "--hosts", "2"))
     assert done.status == 0, done.told
     assert "Trained to step 20" in done.output and "goodput" in done.told
+    assert re.search(r"^step 20/20  loss .* hosts 2  restarts 0  goodput \d", done.output, re.M)
     return run
 
 
@@ -53,6 +55,7 @@ def test_a_run_that_loses_a_host_ends_with_the_same_bits(
     assert done.status == 0, done.told
     assert f"(process {victim}) was lost during" in done.told
     assert "1 restart(s)" in done.told
+    assert "hosts 2  restarts 1  goodput " in done.output
     assert_same(run, undisturbed)
 
 

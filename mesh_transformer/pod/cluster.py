@@ -103,6 +103,11 @@ class Cluster:
         finally:
             self.kill()
 
+    @property
+    def n_alive(self) -> int:
+        """Hosts that are alive: all of them, until one is found to be lost, which ends them all."""
+        return len(self._hosts)
+
     def train(self, tokens_ABT1: np.ndarray, mask_ABT: np.ndarray | None = None) -> Metrics:
         """Send the tokens of one optimizer step; the metrics are waited for when looked at.
 

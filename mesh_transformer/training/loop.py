@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from mesh_transformer.data.tokenizer import Tokenizer, byte_lengths
 from mesh_transformer.data.tokenizer import load as load_tokenizer
 from mesh_transformer.errors import UserError
 from mesh_transformer.metrics import MetricsLog
+from mesh_transformer.progress import PodStatus
 from mesh_transformer.session import Metrics, Session
 from mesh_transformer.training import goodput
 from mesh_transformer.training.memory import memory_for
@@ -196,6 +197,7 @@ def train(
     n_devices: int,
     device_kind: str,
     ledger: goodput.Ledger | None = None,
+    pod: Callable[[], PodStatus] | None = None,
 ) -> Finished:
     """Train until `total_steps`, from the newest checkpoint if there is one.
 
@@ -206,6 +208,7 @@ def train(
         n_devices: Devices that the session trains on.
         device_kind: Their `jax.Device.device_kind`.
         ledger: Books where the time goes.
+        pod: Tells how the hosts stand, if there are several, for the log.
 
     Raises:
         TrainingError: A loss or a gradient is not finite and `stop_on_nan` is set; what it spoilt
@@ -228,7 +231,9 @@ def train(
             return Finished(step, None)
     ledger.restored(step)
     batches = data.train_from(position)
-    log = MetricsLog.for_run(config, step=step, n_devices=n_devices, device_kind=device_kind)
+    log = MetricsLog.for_run(
+        config, step=step, n_devices=n_devices, device_kind=device_kind, pod=pod
+    )
     with contextlib.closing(batches), log:
         signals.watch()
         return _Training(session, config, data, batches, log, ledger, step, unvalidated).run(

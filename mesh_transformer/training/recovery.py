@@ -8,6 +8,7 @@ with the bits of one that nothing happened to.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Protocol
 
 from mesh_transformer.config import Config
 from mesh_transformer.pod.host import Devices
+from mesh_transformer.progress import PodStatus
 from mesh_transformer.session import Session, SessionLost
 from mesh_transformer.training import goodput, loop
 
@@ -25,9 +27,14 @@ _logger = logging.getLogger(__name__)
 
 
 class Running(Session, Protocol):
-    """A session that knows its devices and its newest checkpoint; `pod.cluster.Cluster` is one."""
+    """A session that knows its hosts and its newest checkpoint; `pod.cluster.Cluster` is one."""
 
     devices: Devices
+
+    @property
+    def n_alive(self) -> int:
+        """Hosts that are alive, as far as is known."""
+        ...
 
     def latest(self) -> int | None:
         """Give the step of the newest complete checkpoint; None if there is none."""
@@ -82,6 +89,7 @@ def train(
                     n_devices=n_devices,
                     device_kind=kind,
                     ledger=ledger,
+                    pod=functools.partial(_status, session, ledger),
                 )
         except SessionLost as error:
             losses += 1
@@ -90,6 +98,10 @@ def train(
             with ledger.during(goodput.WAITING):
                 sleep(wait)
             ledger.now(goodput.STARTING)
+
+
+def _status(session: Running, ledger: goodput.Ledger) -> PodStatus:
+    return PodStatus(session.n_alive, ledger.restarts, ledger.goodput)
 
 
 def _wait_after(error: SessionLost, losses: int, budget: int) -> float:
