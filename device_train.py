@@ -38,6 +38,7 @@ def main() -> int:
     from mesh_transformer.pod.worker import Worker
     from mesh_transformer.training import loop
 
+    loop.check_tasks(run)
     devices = host_devices(run)
     n_devices, kind = len(devices), devices[0].device_kind
     data = loop.Data(run, n_devices)

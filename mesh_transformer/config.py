@@ -186,7 +186,7 @@ class RunConfig(_Section):
         total_steps: Optimizer steps.
         val_batches: Batches read from each validation set.
         val_every: Optimizer steps between validations.
-        eval_harness_tasks: lm-eval tasks that follow each validation.
+        eval_harness_tasks: lm-eval tasks that follow each validation; refused in training so far.
         noise_scale_alpha: Weight of the newest step in the running gradient noise scale.
         stop_on_nan: Whether a loss that is not finite ends the run.
     """

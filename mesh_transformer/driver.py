@@ -39,6 +39,7 @@ def train(
         SessionLost: Hosts were lost too often in a row.
         UserError: Something is wrong that the user can mend.
     """
+    loop.check_tasks(config)
     ledger = goodput.Ledger()
     data_for = functools.cache(functools.partial(loop.Data, config))
     if config.mesh.tpu_size:
@@ -49,6 +50,7 @@ def train(
         nonlocal to_clear, told
         if tune_model_path and (to_clear or session.latest() is None):
             session.tune_from(tune_model_path, fresh_opt=fresh_opt)
+            told = True  # checkpoints from here on are of that very path
         elif tune_model_path and not told:
             told = True
             root = config.checkpoint.root

@@ -341,6 +341,21 @@ def test_what_cannot_be_done_is_one_message_and_status_1(
     assert ended.told.splitlines()[-len(told) :] == [named(line) for line in told]
 
 
+def test_tasks_that_nothing_can_run_are_told_before_any_device_is_touched(
+    copy: Run, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mesh_transformer.pod.devices.host_devices", lambda config: 1 / 0)
+    before = contents(copy.root)
+    asking = copy.but("copy", copy.root.parent, eval_harness_tasks=["lambada", "piqa"])
+    told = (
+        "error: eval_harness_tasks asks for lambada, piqa after each validation, but "
+        "mesh_transformer has no evaluation harness yet (module harness): to train without these "
+        'tasks, give --config a copy of the file in which "eval_harness_tasks" is [] or left out\n'
+    )
+    assert command(asking, "--new") == (1, "", told)
+    assert contents(copy.root) == before
+
+
 def test_fresh_opt_alone_is_refused(trained: Run, command: Command) -> None:
     ended = command(trained, "--fresh-opt")
     assert ended.status == 2

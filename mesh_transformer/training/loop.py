@@ -167,6 +167,21 @@ class Data:
         )
 
 
+def check_tasks(config: Config) -> None:
+    """Refuse a run that asks for lm-eval tasks, before any device is touched.
+
+    Raises:
+        UserError: Naming the key, and how to go on without.
+    """
+    if config.run.eval_harness_tasks:
+        raise UserError(
+            f"eval_harness_tasks asks for {', '.join(config.run.eval_harness_tasks)} after each "
+            "validation, but mesh_transformer has no evaluation harness yet (module harness): to "
+            "train without these tasks, give --config a copy of the file in which "
+            '"eval_harness_tasks" is [] or left out'
+        )
+
+
 def announce(config: Config, n_parameters: int, n_devices: int, device_kind: str) -> None:
     """Log what is about to be trained, and on what; MFU is of the peak that is named."""
     peak = throughput.peak_flops_per_device(device_kind)
@@ -184,8 +199,6 @@ def announce(config: Config, n_parameters: int, n_devices: int, device_kind: str
         config.mesh.zero_stage,
         config.checkpoint.root,
     )
-    if config.run.eval_harness_tasks:
-        _logger.warning("eval_harness_tasks are not run during training")
 
 
 def train(
