@@ -18,7 +18,7 @@ import small
 from mesh_transformer.errors import UserError
 from mesh_transformer.session import Sampling, SessionLost
 
-pytest.importorskip("ray", reason="needs the extra [pods]")
+ray = pytest.importorskip("ray", reason="needs the extra [pods]")
 
 from mesh_transformer.pod import cluster  # noqa: E402
 from mesh_transformer.pod.cluster import Cluster  # noqa: E402
@@ -55,8 +55,7 @@ def parsed(folder: Path, **keys: Any) -> Any:
         cores_per_replica=MP,
         zero_stage=2,
         gradient_accumulation_steps=2,
-        model_dir=str(folder / "run"),
-        **keys,
+        **{"model_dir": str(folder / "run")} | keys,
     )
 
 
@@ -142,6 +141,57 @@ def test_hosts_of_another_version_are_refused(
 ) -> None:
     monkeypatch.setattr(cluster, "__version__", "9.9")
     with pytest.raises(UserError, match="this driver has mesh_transformer 9.9, but .* has mesh"):
+        Cluster(parsed(tmp_path), pods(2).nodes(SECONDS))
+
+
+def in_folders(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
+    """Let the hosts and the driver see another folder by one relative path, as machines do."""
+    driver, *left = folders
+    start, more = cluster._actor, iter(left)
+
+    def started(node: Any) -> Any:
+        actor, folder = start(node), str(next(more))
+        ray.get(actor.__ray_call__.remote(lambda host: os.chdir(folder)), timeout=SECONDS)
+        return actor
+
+    for folder in {*folders}:
+        folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(driver)
+    monkeypatch.setattr(cluster, "_actor", started)
+    monkeypatch.setattr(cluster, "_SECONDS_TO_BE_SEEN", 1)
+
+
+def test_a_model_dir_that_hosts_do_not_share_is_refused_before_they_join(
+    pods: Callable[[int], Pod], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_folders(monkeypatch, tmp_path / "a", tmp_path / "a", tmp_path / "b")
+    told = (
+        r"^model_dir run is not one folder for all hosts: what .*\(process \d+\) writes there is "
+        r"not seen by [^,]*\(process \d+\), so that"
+    )
+    with pytest.raises(UserError, match=told):
+        Cluster(parsed(tmp_path, model_dir="run"), pods(2).nodes(SECONDS))
+    assert not list((tmp_path / "a" / "run").iterdir()) and not (tmp_path / "b" / "run").exists()
+
+
+def test_hosts_that_share_a_model_dir_join_and_a_driver_that_does_not_is_warned(
+    pods: Callable[[int], Pod],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    in_folders(monkeypatch, tmp_path / "a", tmp_path / "b", tmp_path / "b")
+    with Cluster(parsed(tmp_path, model_dir="run"), pods(2).nodes(SECONDS)) as session:
+        assert session.latest() is None
+    assert "run here is another folder than on the hosts" in caplog.text
+    assert [path.name for path in (tmp_path / "b" / "run").iterdir()] == ["checkpoints"]
+
+
+def test_a_model_dir_that_cannot_be_written_is_told_as_the_users_to_mend(
+    pods: Callable[[int], Pod], tmp_path: Path
+) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(UserError, match=r"cannot write to model_dir: .*'.*/run"):
         Cluster(parsed(tmp_path), pods(2).nodes(SECONDS))
 
 

@@ -16,6 +16,7 @@ import collections
 import contextlib
 import logging
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,10 +25,10 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mesh_transformer import __version__
+from mesh_transformer import __version__, storage
 from mesh_transformer.config import Config
 from mesh_transformer.errors import UserError
-from mesh_transformer.pod.host import Devices, Host, HostInfo
+from mesh_transformer.pod.host import Devices, Host, HostInfo, appears
 from mesh_transformer.pod.machines import Node
 from mesh_transformer.session import (
     Evaluation,
@@ -41,6 +42,8 @@ from mesh_transformer.session import (
 
 # In which a host that died is noticed, after those that wait for it have failed.
 _SECONDS_TO_BLAME = 3.0
+# In which a file that one machine has written shows on the others; NFS may look once a minute.
+_SECONDS_TO_BE_SEEN = 60.0
 
 _logger = logging.getLogger(__name__)
 
@@ -60,7 +63,8 @@ class Cluster:
 
         Raises:
             SessionLost: A host did not come up, or was lost.
-            UserError: The configuration does not fit the devices, or versions differ.
+            UserError: The configuration does not fit the devices, versions differ, or `model_dir`
+                is a folder that the hosts do not share.
         """
         pod = config.pod
         self._starting = _Deadline("pod_start_seconds", pod.pod_start_seconds)
@@ -75,6 +79,7 @@ class Cluster:
             infos: list[HostInfo] = self._all("info")
             self._names = [info.name for info in infos]
             _check_versions(infos)
+            self._check_shared(config.checkpoint.root)
             joined: list[Devices] = self._wait(
                 "join",
                 [
@@ -182,6 +187,37 @@ class Cluster:
             self._steps.popleft()
             if first is step:
                 return
+
+    def _check_shared(self, root: str) -> None:
+        """Refuse a local folder that is not the same for all hosts, each of which writes its part.
+
+        A path does not tell, so the first host writes a file and the others look for it.
+
+        Raises:
+            UserError: Some do not see it, or it cannot be written.
+        """
+        if storage.is_remote(root):
+            return
+        marker = storage.join(root, f".do_all_hosts_see_this.{uuid.uuid4().hex}")
+        first = self._hosts[0]
+        self._wait("mark", [first.mark.remote(marker)], self._starting)
+        seen = self._all("sees", marker, _SECONDS_TO_BE_SEEN)
+        blind = [name for name, sees in zip(self._names, seen, strict=True) if not sees]
+        alone = not blind and not appears(marker, _SECONDS_TO_BE_SEEN)
+        self._wait("unmark", [first.unmark.remote(marker)], self._starting)
+        if blind:
+            raise UserError(
+                f"model_dir {root} is not one folder for all hosts: what {self._names[0]} writes "
+                f"there is not seen by {', '.join(blind)}, so that no checkpoint would be whole; "
+                "set it to the whole path of a folder that all machines share, or to a gs:// or "
+                "s3:// URL"
+            )
+        if alone:
+            _logger.warning(
+                "%s here is another folder than on the hosts: metrics.jsonl will be here, and "
+                "checkpoints there",
+                root,
+            )
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         """Call a method of every host, and wait for all of them."""

@@ -12,14 +12,16 @@ import pathlib
 import platform
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mesh_transformer import __version__
+from mesh_transformer import __version__, storage
 from mesh_transformer.config import ConfigWarning, parse
+from mesh_transformer.errors import UserError
 from mesh_transformer.session import Evaluation, Generation, Position, Restored, Sampling
 
 _COMPILED = "~/.cache/mesh_transformer/compiled"  # programs, for hosts that start again
@@ -55,8 +57,18 @@ class Devices(NamedTuple):
     n_parameters: int
 
 
+def appears(path: str, seconds: float) -> bool:
+    """Whether there is a file, or comes to be: file systems on a network may tell of it late."""
+    end = time.monotonic() + seconds
+    while not storage.exists(path):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
 class Host:
-    """One process of a pod. It does nothing until `join`."""
+    """One process of a pod. Until `join` it only says who it is and what it sees."""
 
     def __init__(self, address: str) -> None:
         """Begin to listen to calls.
@@ -81,6 +93,25 @@ class Host:
             version=__version__,
             python=platform.python_version(),
         )
+
+    def mark(self, path: str) -> None:
+        """Write a small file for the other hosts to see.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        try:
+            storage.write_text_atomically(path, "")
+        except OSError as error:
+            raise UserError(f"{platform.node()} cannot write to model_dir: {error}") from error
+
+    def sees(self, path: str, seconds: float) -> bool:
+        """Whether the file that another host has written is there, or comes in time."""
+        return appears(path, seconds)
+
+    def unmark(self, path: str) -> None:
+        """Take away what `mark` wrote."""
+        os.unlink(path)
 
     def join(
         self,
