@@ -219,6 +219,8 @@ class PodConfig(_Section):
         tpu_external_ips: Whether hosts reach the internet by addresses of their own; without them
             they need Cloud NAT to install what the library depends on.
         tpu_service_account: What the hosts act as. Left out: the project's default account.
+        tpu_driver_address: IP address at which hosts reach the driver. Left out: its own in the
+            network of the zone.
         tpu_token_secret: Secret in Secret Manager that holds the Ray token. Left out: the
             driver hands the token to the hosts itself.
         tpu_queued: Whether to ask by a queued resource, which waits its turn for capacity.
@@ -237,6 +239,7 @@ class PodConfig(_Section):
     tpu_subnetwork: Text | None = None
     tpu_external_ips: bool = True
     tpu_service_account: Text | None = None
+    tpu_driver_address: Text | None = None
     tpu_token_secret: Text | None = None
     tpu_labels: Mapping[LabelKey, LabelValue] = dataclasses.field(default_factory=dict, hash=False)
     tpu_queued: bool = False

@@ -6,22 +6,32 @@ import JAX.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from mesh_transformer.config import Config
 from mesh_transformer.pod.cluster import Cluster
-from mesh_transformer.pod.machines import Pod
+from mesh_transformer.pod.machines import Node
 from mesh_transformer.training import goodput, loop, recovery
 
 _logger = logging.getLogger(__name__)
 
 
+class Places(contextlib.AbstractContextManager[Any], Protocol):
+    """Where hosts can be started, in a `with` block: `pod.machines.Pod`, `pod.slices.SlicePod`."""
+
+    def nodes(self, seconds: int) -> Sequence[Node]:
+        """Give a place for each host, in order, once the machines are there (again)."""
+        ...
+
+
 def train(
     config: Config,
+    pod: Places,
     *,
-    n_local: int | None = None,
-    address: str | None = None,
     new: bool = False,
     tune_model_path: str | None = None,
     fresh_opt: bool = False,
@@ -29,8 +39,7 @@ def train(
     """Train until `total_steps` or a signal, whatever is lost on the way.
 
     Args:
-        n_local: So many host processes on this machine.
-        address: Or of a running Ray cluster, each machine of which takes one host.
+        pod: The places for hosts, not entered yet.
         new: Give up the checkpoints there are.
         tune_model_path: Begin with the weights of this run, if there are no checkpoints.
         fresh_opt: And with fresh optimizer moments.
@@ -59,7 +68,7 @@ def train(
             session.clear()
             to_clear = False
 
-    with loop.StopSignals() as signals, Pod(n_local=n_local, address=address) as pod:
+    with loop.StopSignals() as signals, pod:
         try:
             return recovery.train(
                 lambda: Cluster(config, pod.nodes(config.pod.pod_start_seconds)),

@@ -25,7 +25,7 @@ from google.longrunning import operations_pb2
 
 V2, V2ALPHA1 = "google.cloud.tpu.v2.Tpu", "google.cloud.tpu.v2alpha1.Tpu"
 ZONES = ("local", "us-central1-a", "us-central1-b", "europe-west4-a", "europe-west4-b")
-TYPES = ("v2-8", "v3-8", "v3-16", "v3-32", "v4-8", "v5litepod-16", "v5p-8", "v6e-8")
+TYPES = ("v2-8", "v3-8", "v3-16", "v3-32", "v4-8", "v4-16", "v5litepod-16", "v5p-8", "v6e-8")
 RUNTIMES = ("tpu-ubuntu2204-base", "v2-alpha-tpuv5", "v2-alpha-tpuv5-lite", "v2-alpha-tpuv6e")
 CORES_PER_HOST = 8
 
@@ -79,7 +79,8 @@ class FakeCloudTpu:
         for service, methods in self._services().items():
             handler = grpc.method_handlers_generic_handler(service, methods)
             self._server.add_generic_rpc_handlers((handler,))
-        self.endpoint = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        here = vms.network.gateway if vms else "127.0.0.1"
+        self.endpoint = f"{here}:{self._server.add_insecure_port(f'{here}:0')}"
         self._server.start()
 
     def close(self) -> None:
@@ -216,14 +217,16 @@ class FakeCloudTpu:
         node.state = getattr(tpu_v2.Node.State, state)
         if state == "READY":
             n_hosts = max(1, int(node.accelerator_type.partition("-")[2]) // CORES_PER_HOST)
-            addresses = ["127.0.0.1"] * n_hosts
+            if self.vms and name not in self._booted:
+                self.vms.boot(name, node.metadata, n_hosts)
+                self._booted.add(name)
+            addresses = [
+                self.vms[name][i].place.address if self.vms else "127.0.0.1" for i in range(n_hosts)
+            ]
             if self.without_address > 0:
                 self.without_address -= 1
                 addresses[-1] = ""
             node.network_endpoints = [tpu_v2.NetworkEndpoint(ip_address=a) for a in addresses]
-            if self.vms and name not in self._booted:
-                self.vms.boot(name, node.metadata, n_hosts)
-                self._booted.add(name)
         return node
 
     def _list_nodes(self, request: Any) -> Any:

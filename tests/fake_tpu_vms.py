@@ -21,6 +21,8 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 
+from fake_network import Network, Place
+
 # Environments that it makes know the image's packages, pip among them, which makes this quick.
 PYTHON = """#!/bin/sh
 if [ "$1 $2" = "-m venv" ]; then
@@ -35,8 +37,8 @@ fi
 class _Metadata(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, attributes: dict[str, str]) -> None:
-        super().__init__(("127.0.0.1", 0), _MetadataHandler)
+    def __init__(self, address: str, attributes: dict[str, str]) -> None:
+        super().__init__((address, 0), _MetadataHandler)
         self.attributes = attributes
 
 
@@ -63,12 +65,14 @@ class Vm:
     Attributes:
         temporary: Its /tmp, with a short name since paths of Unix sockets are short.
         process: Runs the start-up script; leads a session, which holds all that the script starts.
+        place: In the network.
     """
 
     home: pathlib.Path
     temporary: str
     process: subprocess.Popen[bytes]
     metadata: _Metadata
+    place: Place
 
     @property
     def log(self) -> str:
@@ -76,11 +80,13 @@ class Vm:
         return path.read_text() if path.exists() else ""
 
     def kill(self) -> None:
-        """End every process of this VM, without notice."""
+        """End every process of this VM, without notice, not even to whom it is connected with."""
+        self.place.cut()
         kill_session(self.process)
         shutil.rmtree(self.temporary)
         self.metadata.shutdown()
         self.metadata.server_close()
+        self.place.remove()
 
 
 def kill_session(leader: subprocess.Popen[bytes]) -> None:
@@ -109,10 +115,17 @@ class Vms:
     Args:
         folder: Holds the image and each VM's home.
         variables: Further environment of every VM.
+        network: Where they are. Left out: all at this machine's own loopback address.
     """
 
-    def __init__(self, folder: pathlib.Path, variables: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        variables: Mapping[str, str] | None = None,
+        network: Network | None = None,
+    ) -> None:
         self._folder, self._variables = folder, dict(variables or {})
+        self.network = network or Network()
         self._hosts: dict[str, list[Vm]] = {}
         self._image = folder / "image"
         self._make_image()
@@ -139,21 +152,24 @@ class Vms:
         home = self._folder / f"{name}-{index}"
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir()
-        server = _Metadata(dict(metadata) | {"agent-worker-number": str(index)})
+        place = self.network.place(f"{name}-{index}")
+        server = _Metadata(
+            self.network.gateway, dict(metadata) | {"agent-worker-number": str(index)}
+        )
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         temporary = tempfile.mkdtemp(prefix="vm")
         script = home / "startup-script"
         script.write_text(metadata["startup-script"])
         script.chmod(0o755)
         process = subprocess.Popen(
-            [str(script)],
+            [*place.command, str(script)],
             cwd=home,
             env={
-                "PATH": f"{self._image / 'bin'}:/usr/bin:/bin",
+                "PATH": f"{self._image / 'bin'}:/usr/sbin:/usr/bin:/bin",
                 "HOME": str(home),
                 "TMPDIR": temporary,
                 "TPU_WORKER_ID": str(index),
-                "GCE_METADATA_HOST": f"127.0.0.1:{server.server_port}",
+                "GCE_METADATA_HOST": f"{self.network.gateway}:{server.server_port}",
                 **self._variables,
             },
             stdin=subprocess.DEVNULL,
@@ -161,7 +177,7 @@ class Vms:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        return Vm(home, temporary, process, server)
+        return Vm(home, temporary, process, server, place)
 
     def set_metadata(self, name: str, metadata: Mapping[str, str]) -> None:
         for index, host in enumerate(self._hosts.get(name, [])):

@@ -82,10 +82,10 @@ class Run(NamedTuple):
         """Start `device_train.py` in a process of its own."""
         return self.start("device_train.py", "--config", str(self.config), *flags)
 
-    def start(self, script: str, *arguments: str) -> subprocess.Popen[str]:
-        """Start a script of the repository."""
+    def start(self, script: str, *arguments: str, folder: Path = ROOT) -> subprocess.Popen[str]:
+        """Start a script of the repository, or a copy of it in another folder."""
         return subprocess.Popen(
-            [sys.executable, str(ROOT / script), *arguments],
+            [sys.executable, str(folder / script), *arguments],
             env=os.environ
             | {
                 "JAX_PLATFORMS": "cpu",
@@ -132,7 +132,7 @@ def make(folder: Path, **keys: Any) -> Run:
         create_finetune_tfrecords.main(
             [
                 *(str(text), name, "--output-dir", str(folder)),
-                *("--tokenizer", "bytes", "--seq", str(SEQ), "--workers", "1"),
+                *("--tokenizer", "bytes", "--seq", str(keys.get("seq", SEQ)), "--workers", "1"),
             ]
         )
     sets = {"train_set": str(folder / "train.index"), "val_set": {"v": str(folder / "val.index")}}

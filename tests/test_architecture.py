@@ -35,7 +35,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
         " data.prepare",
     ),
     ("pod", "pod.devices pod.worker pod.host"),
-    ("pod.machines pod.cluster", "pod.startup", "pod.tpu_api pod.tpu_vm"),
+    ("pod.machines pod.cluster pod.startup pod.tpu_api pod.tpu_vm pod.slices",),
     (
         "training.goodput training.loop training.recovery driver",
         "harness",

@@ -27,9 +27,6 @@ from mesh_transformer.training.loop import Finished  # noqa: E402
 class FakePod:
     """Machines that are always there."""
 
-    def __init__(self, **_: Any) -> None:
-        """Nothing is started."""
-
     def __enter__(self) -> FakePod:
         return self
 
@@ -71,10 +68,9 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fini
 
     def trained(*sessions: FakeCluster, keys: Any = None, **flags: Any) -> Finished:
         left = iter(sessions)
-        monkeypatch.setattr(driver, "Pod", FakePod)
         monkeypatch.setattr(driver, "Cluster", lambda config, nodes: next(left))
         monkeypatch.setattr(recovery, "_FIRST_WAIT", 0.0)
-        return driver.train(parse(MINIMAL | ours | (keys or {})), **flags)
+        return driver.train(parse(MINIMAL | ours | (keys or {})), FakePod(), **flags)
 
     return trained
 
@@ -86,7 +82,7 @@ def saved(step: int) -> Restored:
 def test_tasks_that_nothing_can_run_are_told_before_machines_are_asked_for(
     train: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FakePod, "__init__", lambda self, **_: 1 / 0)
+    monkeypatch.setattr(FakePod, "__enter__", lambda self: 1 / 0)
     with pytest.raises(UserError, match="^eval_harness_tasks asks for piqa after each validation"):
         train(keys={"eval_harness_tasks": ["piqa"]})
 

@@ -24,6 +24,7 @@ import numpy as np
 import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.tpu import get_tpu_coordinator_env_vars
 
 from mesh_transformer import __version__, storage
 from mesh_transformer.config import Config
@@ -90,6 +91,7 @@ class Cluster:
                         index=index,
                         seconds=pod.pod_start_seconds,
                         heartbeat_seconds=pod.pod_heartbeat_seconds,
+                        environment=_between_slices(nodes, index),
                     )
                     for index, host in enumerate(self._hosts)
                 ],
@@ -308,6 +310,19 @@ def _actor(node: Node) -> Any:
             scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
         )
         .remote(node.address)
+    )
+
+
+def _between_slices(nodes: Sequence[Node], index: int) -> dict[str, str]:
+    """The variables by which libtpu finds the other slices, for a host of one of several.
+
+    Those of an attempt before must never be used again: its coordinator is gone.
+    """
+    names = list(dict.fromkeys(node.slice_name for node in nodes))
+    if len(names) == 1 or not nodes[index].resources.get("TPU"):
+        return {}
+    return get_tpu_coordinator_env_vars(
+        nodes[0].address, len(names), names.index(nodes[index].slice_name)
     )
 
 

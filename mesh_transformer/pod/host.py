@@ -122,6 +122,7 @@ class Host:
         index: int,
         seconds: int,
         heartbeat_seconds: int,
+        environment: Mapping[str, str],
     ) -> Devices:
         """Join the other hosts, and make the mesh of all devices, the steps and the checkpoints.
 
@@ -129,10 +130,12 @@ class Host:
             coordinator: Address of the host with index 0, with a port that no attempt used before.
             seconds: After which a host that is missing is given up.
             heartbeat_seconds: After which a host that went silent ends all the others.
+            environment: Variables that the accelerator's runtime is to find when JAX starts it.
 
         Raises:
             UserError: The devices do not fit the configuration.
         """
+        os.environ.update(environment)
         import jax
 
         warnings.simplefilter("ignore", ConfigWarning)  # the driver has shown them

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import logging
+import os
+import pathlib
+import secrets
+import tempfile
 import time
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Self
 
 import ray
 import ray.exceptions
 
 from mesh_transformer.errors import UserError
 from mesh_transformer.session import SessionLost
+
+LOOPBACK = "127.0.0.1"
+_TOKEN, _TOKEN_PATH, _MODE = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"
+
+# A machine that does not answer for about five seconds is lost; by Ray's own settings, fifteen.
+_HEALTH = {
+    "health_check_initial_delay_ms": 2000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 4,
+}
 
 _logger = logging.getLogger(__name__)
 
@@ -23,45 +40,160 @@ class Node(NamedTuple):
         id: Ray's id of the machine.
         address: Its IP address.
         resources: What the process takes of Ray's resources there: TPU, GPU.
+        slice_name: Of the TPU slice that the machine belongs to, or "".
     """
 
     id: str
     address: str
     resources: Mapping[str, float]
+    slice_name: str = ""
 
 
-class Pod:
-    """The machines of a Ray cluster, as places for host processes; to be used in a `with` block."""
+class Machine(NamedTuple):
+    """A machine of a Ray cluster that is alive.
 
-    def __init__(self, *, n_local: int | None = None, address: str | None = None) -> None:
-        """Connect to a Ray cluster, or begin one.
+    Attributes:
+        resources: By Ray's names: TPU, GPU, CPU.
+        labels: By Ray's names, and by those that start-up scripts give.
+    """
 
-        Args:
-            n_local: So many host processes on this machine, in a Ray cluster of its own that
-                nothing outside this machine can reach.
-            address: Of a running Ray cluster, each machine of which takes one host.
+    id: str
+    address: str
+    resources: Mapping[str, float]
+    labels: Mapping[str, str]
+
+    @property
+    def slice_name(self) -> str:
+        """Name of its TPU slice, by the label of start-up scripts or Ray's own; "" without one."""
+        return self.labels.get("mesh-slice") or self.labels.get("ray.io/tpu-slice-name") or ""
+
+    @property
+    def worker(self) -> int:
+        """Its number in the slice."""
+        return int(self.labels.get("mesh-worker") or self.labels.get("ray.io/tpu-worker-id") or "0")
+
+    def places(self, n_hosts: int) -> list[Node]:
+        """Divide its accelerators among host processes.
+
+        Raises:
+            UserError: They cannot be shared alike.
+        """
+        resources = {}
+        for kind in ("TPU", "GPU"):
+            n = self.resources.get(kind, 0)
+            if n % n_hosts:
+                raise UserError(
+                    f"{self.address} has {n:.0f} {kind}s, which {n_hosts} hosts cannot share "
+                    "alike: ask for another number of hosts"
+                )
+            if n:
+                resources[kind] = n / n_hosts
+        return [Node(self.id, self.address, resources, self.slice_name)] * n_hosts
+
+
+class RayCluster:
+    """A Ray cluster that this process is connected to, in a `with` block.
+
+    Args:
+        address: Of one that is running. Left out: one of this process's own begins, whose head
+            is this machine and which ends with the block.
+        here: IP address at which the others reach this machine, if it is the head. Ray listens on
+            all addresses of a machine, whatever this one is; the token is what keeps others out.
+        token: What Ray asks of whoever connects to a cluster of our own. Left out: what the
+            environment names, or one that is made up.
+    """
+
+    def __init__(
+        self, address: str | None = None, *, here: str = LOOPBACK, token: str | None = None
+    ) -> None:
+        self._address, self._here, self._token = address, here, token
+
+    def __enter__(self) -> Self:
+        """Connect.
 
         Raises:
             UserError: There is no such cluster.
         """
-        self._n_local = n_local
-        options: dict[str, Any] = {"logging_level": logging.ERROR, "include_dashboard": False}
         try:
-            if address is None:
-                ray.init(address="local", _node_ip_address="127.0.0.1", **options)
+            if self._address is not None:
+                ray.init(address=self._address, logging_level=logging.ERROR)
             else:
-                ray.init(address=address, logging_level=logging.ERROR)
+                _keep_token(self._token)
+                ray.init(
+                    address="local",
+                    _node_ip_address=self._here,
+                    _system_config=_HEALTH,
+                    include_dashboard=False,
+                    logging_level=logging.ERROR,
+                )
         except (ConnectionError, ray.exceptions.RayError) as error:
-            raise UserError(f"no Ray cluster answers at {address}: {error}") from error
-        self._n_machines = len(_machines())
-
-    def __enter__(self) -> Pod:
+            raise UserError(f"no Ray cluster answers at {self._address}: {error}") from error
         return self
 
     def __exit__(self, *_: object) -> None:
         ray.shutdown()
 
-    def nodes(self, seconds: int) -> list[Node]:
+    @property
+    def address(self) -> str:
+        """IP address and port at which other machines join."""
+        port = ray.get_runtime_context().gcs_address.rpartition(":")[2]
+        return f"{self._here}:{port}"
+
+    @property
+    def token(self) -> str:
+        """What others need to connect to a cluster of our own; who has it can run programs there.
+
+        Raises:
+            UserError: The environment has turned it off.
+        """
+        mode = os.environ.get(_MODE, "")
+        if mode.lower() != "token":
+            raise UserError(f"{_MODE} is {mode!r}, but other machines join with a token; unset it")
+        given = os.environ.get(_TOKEN)
+        return given or pathlib.Path(os.environ[_TOKEN_PATH]).read_text().strip()
+
+    def machines(self) -> list[Machine]:
+        """List the machines that are there, as their slices number them."""
+        found = [
+            Machine(
+                node["NodeID"],
+                node["NodeManagerAddress"],
+                node["Resources"],
+                node.get("Labels", {}),
+            )
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+        return sorted(found, key=lambda m: (m.slice_name, m.worker, m.address, m.id))
+
+
+class Pod:
+    """The machines of a Ray cluster, as places for host processes; to be used in a `with` block.
+
+    Args:
+        n_local: So many host processes on this machine, in a Ray cluster of its own.
+        address: Or of a running Ray cluster, each machine of which takes one host.
+    """
+
+    def __init__(self, *, n_local: int | None = None, address: str | None = None) -> None:
+        self._n_local = n_local
+        self._cluster = RayCluster(address)
+        self._n_machines = 0
+
+    def __enter__(self) -> Self:
+        """Connect to the cluster, or begin it.
+
+        Raises:
+            UserError: There is no such cluster.
+        """
+        self._cluster.__enter__()
+        self._n_machines = len(self._cluster.machines())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cluster.__exit__()
+
+    def nodes(self, seconds: int) -> Sequence[Node]:
         """Give the places for hosts, in the order of hosts, once all machines are there (again).
 
         Args:
@@ -72,9 +204,9 @@ class Pod:
             UserError: A machine's accelerators cannot be shared as asked.
         """
         if self._n_local is not None:
-            return _shares(_machines()[0], self._n_local)
+            return self._cluster.machines()[0].places(self._n_local)
         end, told = time.monotonic() + seconds, 0
-        while len(machines := _machines()) < self._n_machines:
+        while len(machines := self._cluster.machines()) < self._n_machines:
             if time.monotonic() > end:
                 raise SessionLost(
                     f"{len(machines)} of {self._n_machines} machines are there after "
@@ -83,32 +215,23 @@ class Pod:
             if told != (told := len(machines)):
                 _logger.info("waiting for machines: %d of %d", told, self._n_machines)
             time.sleep(1.0)
-        return [_shares(machine, 1)[0] for machine in machines]
+        return [machine.places(1)[0] for machine in machines]
 
 
-def _machines() -> list[Mapping[str, Any]]:
-    """List the machines that are there, as their slices number them."""
-    return sorted((node for node in ray.nodes() if node["Alive"]), key=_order)
+def _keep_token(token: str | None) -> None:
+    """Let Ray find a token in a file of this user's, since its own is one that all can read."""
+    if token is None and (os.environ.get(_TOKEN) or os.environ.get(_TOKEN_PATH)):
+        return
+    os.environ.pop(_TOKEN, None)
+    path = _private_folder() / "token"
+    path.touch(mode=0o600)
+    path.write_text(token or path.read_text() or secrets.token_hex(32))
+    os.environ[_TOKEN_PATH] = str(path)
 
 
-def _order(machine: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Order machines as their slice numbers them, by Ray's labels or those of start-up scripts."""
-    labels = machine.get("Labels", {})
-    slice_name = labels.get("mesh-slice") or labels.get("ray.io/tpu-slice-name") or ""
-    worker = labels.get("mesh-worker") or labels.get("ray.io/tpu-worker-id") or "0"
-    return (slice_name, int(worker), machine["NodeManagerAddress"], machine["NodeID"])
-
-
-def _shares(machine: Mapping[str, Any], n_hosts: int) -> list[Node]:
-    """Divide a machine's accelerators among host processes."""
-    resources = {}
-    for kind in ("TPU", "GPU"):
-        n = machine["Resources"].get(kind, 0)
-        if n % n_hosts:
-            raise UserError(
-                f"{machine['NodeManagerAddress']} has {n:.0f} {kind}s, which {n_hosts} hosts "
-                "cannot share alike: ask for another number of hosts"
-            )
-        if n:
-            resources[kind] = n / n_hosts
-    return [Node(machine["NodeID"], machine["NodeManagerAddress"], resources)] * n_hosts
+@functools.cache
+def _private_folder() -> pathlib.Path:
+    """Make a folder that only this user can look into, and that goes when this process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="mesh-transformer-")
+    atexit.register(folder.cleanup)
+    return pathlib.Path(folder.name)

@@ -10,8 +10,11 @@ is answered with ALREADY_EXISTS, and what exists is adopted.
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -28,6 +31,9 @@ ENDPOINT = "MESH_TRANSFORMER_TPU_ENDPOINT"
 
 CALL_SECONDS = 30.0
 OUTAGE_SECONDS = 300.0
+METADATA = "169.254.169.254"
+"""The address of the metadata server, which every VM of Google Cloud has."""
+SECRETS = "https://secretmanager.googleapis.com/v1"
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 
 Kind = Literal["node", "queued_resource"]
@@ -134,6 +140,47 @@ class TpuApi:
     @property
     def parent(self) -> str:
         return f"projects/{self.project}/locations/{self.zone}"
+
+    def own_address(self) -> str:
+        """Return the IP address that this machine has where the zone's VMs are.
+
+        Raises:
+            UserError: It has none.
+        """
+        there = os.environ[ENDPOINT].rpartition(":")[0] if self.zone == LOCAL else METADATA
+        with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+            try:
+                probe.connect((there, 80))  # sends nothing, but chooses a way
+            except OSError as error:
+                raise UserError(
+                    f"this machine has no network by which TPU VMs could reach it ({error}); set "
+                    "tpu_driver_address to its address in theirs"
+                ) from error
+            address: str = probe.getsockname()[0]
+            return address
+
+    def secret(self, name: str) -> str:
+        """Read the newest version of a secret in Secret Manager.
+
+        Raises:
+            UserError: There is none, or the user may not read it.
+            OSError: Google Cloud cannot be reached.
+        """
+        import google.auth
+        from google.auth.transport.requests import AuthorizedSession
+
+        credentials, _ = google.auth.default(scopes=[SCOPE])
+        path = f"projects/{self.project}/secrets/{name}/versions/latest"
+        answer = AuthorizedSession(credentials).get(
+            f"{SECRETS}/{path}:access", timeout=CALL_SECONDS
+        )
+        if answer.status_code != 200:
+            raise UserError(
+                f"tpu_token_secret {name!r} cannot be read (HTTP {answer.status_code}); make it "
+                f"in project {self.project}, and give who runs this and tpu_service_account the "
+                "role roles/secretmanager.secretAccessor"
+            )
+        return base64.b64decode(answer.json()["payload"]["data"]).decode().strip()
 
     def get(self, kind: Kind, name: str) -> Any | None:
         """Return a node or queued resource; None if there is none of this name."""

@@ -110,8 +110,8 @@ class TpuVm:
         zone: Where it is.
         config: What it is to be.
         spot: Whether it may be preempted.
-        startup_script: What its hosts run when they start; see `pod.startup`. A slice that exists
-            is given it too, for hosts that look for a newer one.
+        startup_script: What its hosts run when they start; see `pod.startup`. It may be set until
+            `ensure`. A slice that exists is given it too, for hosts that look for a newer one.
         api: The zone's API. Left out: the real one.
 
     Raises:
@@ -125,7 +125,7 @@ class TpuVm:
         config: PodConfig,
         *,
         spot: bool,
-        startup_script: str,
+        startup_script: str = "",
         api: TpuApi | None = None,
     ) -> None:
         if not re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", name):
@@ -138,7 +138,7 @@ class TpuVm:
         if config.tpu_type is None:
             raise UserError("set tpu_type to the slice to create, such as 'v3-8', or tpu_size")
         self.name, self.zone = name, zone
-        self._config, self._spot, self._script = config, spot, startup_script
+        self._config, self._spot, self.startup_script = config, spot, startup_script
         self._api = api or connect(zone, config.tpu_project)
         self._checked = False
         self._operation: str | None = None  # of the creation, while nobody knows how it ended
@@ -249,7 +249,7 @@ class TpuVm:
             },
             "service_account": {"email": config.tpu_service_account or "", "scope": [SCOPE]},
             "labels": dict(config.tpu_labels) | dict([LABEL]),
-            "metadata": {SCRIPT: self._script},
+            "metadata": {SCRIPT: self.startup_script},
         }
 
     def _ask_to_delete(self, found: Slice) -> None:
@@ -257,8 +257,8 @@ class TpuVm:
 
     def _has_script(self, found: Slice) -> bool:
         """Whether the hosts run the script, or will soon since they look for newer ones."""
-        return found.script == self._script or self._api.set_metadata(
-            self.name, SCRIPT, self._script
+        return found.script == self.startup_script or self._api.set_metadata(
+            self.name, SCRIPT, self.startup_script
         )
 
     def _raise_failure(self, found: Slice | None, *, coming: bool) -> None:

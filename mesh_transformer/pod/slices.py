@@ -1,0 +1,229 @@
+"""The hosts of TPU slices that a run creates, as places for host processes.
+
+    with SlicePod(["my-tpu"], "europe-west4-a", config, spot=True) as pod:
+        pod.nodes(seconds)  # creates, adopts or replaces the slices, and waits until all hosts join
+
+The driver is the head of a Ray cluster of its own. It serves the slices' hosts this very library
+and, until all have joined, Ray's token; their start-up script does the rest (`pod.startup`). So a
+slice that was preempted is replaced by asking for nodes again, and a driver that starts again asks
+for the same names and gets the slices that it had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Self
+
+from mesh_transformer import rules
+from mesh_transformer.config import Config
+from mesh_transformer.errors import UserError
+from mesh_transformer.pod.machines import Machine, Node, RayCluster
+from mesh_transformer.pod.startup import BUILD, FileServer, Startup, build_wheel
+from mesh_transformer.pod.tpu_api import NoCapacity, connect
+from mesh_transformer.pod.tpu_vm import Slice, TpuVm, list_vms
+from mesh_transformer.session import SessionLost
+
+_SECONDS_BETWEEN_LOOKS = 10.0  # at the state of slices whose hosts are waited for
+_FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 120.0  # seconds, before capacity is asked for again
+
+_EXTRAS = {"gs": "gcs", "s3": "s3"}  # of the library, by the scheme of URLs that need them
+
+_logger = logging.getLogger(__name__)
+
+
+class SlicePod:
+    """Hosts of TPU slices, in a `with` block that ends with a list of the slices there are.
+
+    Args:
+        names: Of the slices, in their order in the mesh; each is so many replicas more.
+        zone: Where they are.
+        config: The run, whose keys `tpu_...` say what the slices are.
+        spot: Whether they may be preempted.
+        delete_on_exit: Whether to delete them at the end of the block, however it ends.
+        also_read: Path or URL that the hosts read besides `model_dir`.
+
+    Raises:
+        UserError: The slices and the run do not fit together.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        zone: str,
+        config: Config,
+        *,
+        spot: bool = False,
+        delete_on_exit: bool = False,
+        also_read: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._zone, self._config, self._delete = zone, config.pod, delete_on_exit
+        self._clock, self._sleep = clock, sleep
+        _check_names(names, config)
+        self._api = connect(zone, config.pod.tpu_project, clock=clock, sleep=sleep)
+        self._vms = [TpuVm(name, zone, config.pod, spot=spot, api=self._api) for name in names]
+        schemes = {path.partition("://")[0] for path in (config.checkpoint.root, also_read or "")}
+        self._extras = ("tpu", "pods", *(e for s, e in _EXTRAS.items() if s in schemes))
+        self._absent: set[str] = set()  # slices that are ready but whose hosts do not come
+        self._left = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        """Ask whether the slices can be had, and wait for hosts to join from now on.
+
+        Raises:
+            UserError: They cannot be had; nothing was created.
+        """
+        for vm in self._vms:
+            vm.check()
+        secret = self._config.tpu_token_secret
+        here = self._config.tpu_driver_address or self._api.own_address()
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            token = self._api.secret(secret) if secret else None
+            self._ray = stack.enter_context(RayCluster(here=here, token=token))
+            served = "" if secret else self._ray.token
+            self._files = stack.enter_context(FileServer(build_wheel(folder), served, host=here))
+            for vm in self._vms:
+                startup = self._startup(vm.name)
+                vm.startup_script, self._build = startup.script(), startup.build
+            self._left = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.close()
+        try:
+            if self._delete:
+                for vm in self._vms:
+                    vm.delete()
+                    _logger.info("TPU %s is deleted", vm.name)
+        finally:
+            self._tell_what_there_is()
+
+    def nodes(self, seconds: int) -> Sequence[Node]:
+        """Create or adopt the slices, wait until all of their hosts have joined, and give places.
+
+        Args:
+            seconds: How long to wait for hosts of slices that are ready: `pod_start_seconds`.
+
+        Raises:
+            SessionLost: A slice cannot be had now, or its hosts do not come. Later it is worth
+                another try, for which hosts that did not come are replaced.
+            UserError: A slice cannot be had at all.
+        """
+        while True:
+            try:
+                slices = [self._ensured(vm) for vm in self._vms]
+            except OSError as error:
+                raise SessionLost(f"TPU slices cannot be had now: {error}") from error
+            self._files.admit(address for found in slices for address in found.addresses)
+            joined = self._joined(slices, seconds)
+            if joined is not None:
+                self._files.admit(())
+                return [machine.places(1)[0] for machine in joined]
+
+    def _startup(self, name: str) -> Startup:
+        return Startup(
+            slice_name=name,
+            head=self._ray.address,
+            wheel=self._files.wheel,
+            wheel_url=self._files.url("wheel"),
+            token_url="" if self._config.tpu_token_secret else self._files.url("token"),
+            token_secret=self._config.tpu_token_secret or "",
+            extras=self._extras,
+        )
+
+    def _ensured(self, vm: TpuVm) -> Slice:
+        """Wait for a slice, and ask for it again and again for `tpu_wait_minutes` if refused."""
+        end, pause = self._clock() + 60 * self._config.tpu_wait_minutes, _FIRST_PAUSE
+        while True:
+            try:
+                if vm.name in self._absent:
+                    _logger.warning("TPU %s: its hosts did not join; replacing it", vm.name)
+                    self._absent.discard(vm.name)
+                    return vm.replace()
+                return vm.ensure()
+            except NoCapacity as error:
+                if self._clock() + pause > end:
+                    raise
+                _logger.warning("%s; asking again in %.0f s", error, pause)
+            self._sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _joined(self, slices: Sequence[Slice], seconds: int) -> list[Machine] | None:
+        """Wait until every host is there once; None if a slice is lost meanwhile.
+
+        A host that left is listed beside its successor for some seconds, until Ray knows.
+        """
+        wanted = [(found.name, i) for found in slices for i in range(len(found.addresses))]
+        end, looked, told = self._clock() + seconds, self._clock(), -1
+        while True:
+            machines = [m for m in self._ray.machines() if m.labels.get(BUILD) == self._build]
+            there = [(machine.slice_name, machine.worker) for machine in machines]
+            if sorted(there) == sorted(wanted):
+                return [machines[there.index(place)] for place in wanted]
+            missing = [place for place in wanted if place not in there]
+            if told != (told := len(wanted) - len(missing)):
+                _logger.info("%d of %d host(s) have joined", told, len(wanted))
+            now = self._clock()
+            if now > end:
+                self._absent |= {name for name, _ in missing}
+                raise SessionLost(_not_joined(missing, seconds))
+            if now - looked > _SECONDS_BETWEEN_LOOKS:
+                looked = now
+                states = [vm.state() for vm in self._vms]
+                if not all(found is not None and found.ready for found in states):
+                    return None
+            self._sleep(0.5)
+
+    def _tell_what_there_is(self) -> None:
+        """List the slices that cost money, those of other runs too."""
+        try:
+            there = list_vms(self._zone, api=self._api)
+        except (OSError, UserError) as error:
+            names = ", ".join(vm.name for vm in self._vms)
+            _logger.warning("whether TPUs are left (this run's: %s) is not known: %s", names, error)
+            return
+        for found in there:
+            kind, force = ("queued-resources", " --force") if found.queued else ("tpu-vm", "")
+            _logger.warning(
+                "TPU %s (%s) is there still: %s. To delete it: gcloud compute tpus %s delete %s "
+                "--zone %s%s",
+                *(found.name, found.tpu_type, found, kind, found.name, self._zone, force),
+            )
+        if not there:
+            _logger.info("no TPU that was created by this library is left in %s", self._zone)
+
+
+def _check_names(names: Sequence[str], config: Config) -> None:
+    """Refuse slices that together are not the devices of the run.
+
+    Raises:
+        UserError: They are not, or one is named twice.
+    """
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"--tpu names {', '.join(twice)} more than once; each is one slice")
+    kind, wanted = config.pod.tpu_type, config.mesh.tpu_size
+    if kind is None or wanted is None:
+        return
+    there = len(names) * rules.devices_of(kind)
+    if there != wanted:
+        raise UserError(
+            f"tpu_size is {wanted}, but --tpu names {len(names)} slice(s) of {kind}, {there} "
+            f"devices in all: name {wanted / rules.devices_of(kind):g} slice(s), or change "
+            "tpu_type or tpu_size"
+        )
+
+
+def _not_joined(missing: Sequence[tuple[str, int]], seconds: int) -> str:
+    hosts = ", ".join(f"host {worker} of TPU {name}" for name, worker in missing)
+    return (
+        f"{hosts} did not join within {seconds} s (pod_start_seconds) after the slice was ready; "
+        "what it does is in ~/.mesh-transformer/startup.log there. It must reach this machine by "
+        "the network, and the internet or a mirror for packages"
+    )

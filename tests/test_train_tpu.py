@@ -1,0 +1,150 @@
+"""train.py on TPU VMs as a user runs it, against a local server that speaks the Cloud TPU API.
+
+The VMs are local processes, in network namespaces of their own where this machine allows; they
+run the real start-up script, install the driver's wheel, and join its Ray cluster with its token.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fake_network
+import fake_tpu_vms
+import processes
+import pytest
+import runs
+from tpu_slices import StatusCode, fake
+
+from mesh_transformer import metrics_file
+from mesh_transformer.pod import tpu_api
+
+pytest.importorskip("ray", reason="needs Ray; run EXTRAS=test,pods ./test")
+pytestmark = [pytest.mark.pods, pytest.mark.slow]
+
+STEPS = 40
+TPU = ("--tpu", "test", "--tpu_region", "local", "--preemptible")
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[fake_network.Network]:
+    made = fake_network.Network() if fake_network.Namespaces.refused() else None
+    made = made or fake_network.Namespaces()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def cloud(
+    tmp_path: Path, network: fake_network.Network, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Any]:
+    with fake.serve(fake_tpu_vms.Vms(tmp_path / "vms", network=network)) as server:
+        monkeypatch.setenv(tpu_api.ENDPOINT, server.endpoint)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
+    """The quickstart's model after some steps on two hosts of this machine."""
+    quickstart = json.loads((runs.ROOT / "configs" / "quickstart.json").read_text())
+    model = {key: quickstart[key] for key in ("layers", "d_model", "n_heads", "n_vocab", "seq")}
+    size = {"tpu_type": "v4-16", "tpu_size": 8, "per_replica_batch": 1, "remat": "none"}
+    times = {"total_steps": STEPS, "ckpt_every": 10, "val_every": 20}
+    run = runs.make(tmp_path_factory.mktemp("tpu"), **model | size | times)
+    done = processes.ended(run.start("train.py", "--config", str(run.config), "--hosts", "2"))
+    assert done.status == 0, done.told
+    return run
+
+
+def start(run: runs.Run, folder: Path, *flags: str) -> Any:
+    """Start train.py where nothing of the checkout is, so that hosts must import the wheel."""
+    copy = folder / "driver"
+    copy.mkdir(exist_ok=True)
+    shutil.copy(runs.ROOT / "train.py", copy)
+    return run.start("train.py", "--config", str(run.config), *TPU, *flags, folder=copy)
+
+
+def logged(run: runs.Run, step: int) -> bool:
+    path = run.root / metrics_file.NAME
+    return path.exists() and f'"step": {step},' in path.read_text()
+
+
+def assert_same(run: runs.Run, other: runs.Run) -> None:
+    assert run.log() == other.log()
+    for mine, theirs in zip(run.arrays(STEPS), other.arrays(STEPS), strict=True):
+        assert mine.tobytes() == theirs.tobytes()
+
+
+def test_a_preempted_slice_is_replaced_and_the_run_ends_with_the_bits_of_local_hosts(
+    cloud: Any, undisturbed: runs.Run, tmp_path: Path
+) -> None:
+    run = undisturbed.but("preempted", tmp_path)
+    process = start(run, tmp_path)
+    assert processes.wait_until(lambda: logged(run, 13), process), processes.ended(process).told
+    cloud.preempt("test")
+    done = processes.ended(process)
+    assert done.status == 0, done.told
+    assert "TPU test: PREEMPTED" in done.told and "1 restart(s)" in done.told
+    assert "TPU test (v4-16) is there still: READY" in done.told
+    assert cloud.methods("Create") == ["CreateNode"] * 2
+    assert all(node.scheduling_config.spot for node in cloud.nodes.values())
+    assert_same(run, undisturbed)
+
+
+def test_a_driver_that_starts_again_gets_its_slice_back_and_deletes_it_when_asked_to(
+    cloud: Any, undisturbed: runs.Run, tmp_path: Path
+) -> None:
+    run = undisturbed.but("driverless", tmp_path)
+    process = start(run, tmp_path)
+    assert processes.wait_until(lambda: logged(run, 13), process), processes.ended(process).told
+    process.kill()
+    processes.ended(process)
+    done = processes.ended(start(run, tmp_path, "--delete-tpu-on-exit"))
+    assert done.status == 0, done.told
+    assert cloud.methods("Create") == ["CreateNode"]
+    assert "TPU test is deleted" in done.told and "no TPU" in done.told
+    assert not cloud.nodes
+    assert_same(run, undisturbed)
+
+
+def test_a_signal_while_the_slice_is_waited_for_lists_what_was_asked_for(
+    cloud: Any, undisturbed: runs.Run, tmp_path: Path
+) -> None:
+    cloud.plans["test"] = ["CREATING"]
+    run = undisturbed.but("waiting", tmp_path)
+    process = start(run, tmp_path)
+    assert processes.wait_until(lambda: len(cloud.methods("GetNode")) > 3, process)
+    process.send_signal(signal.SIGTERM)
+    done = processes.ended(process)
+    assert done.status == 128 + signal.SIGTERM, done.told
+    assert "TPU test (v4-16) is there still: CREATING" in done.told
+
+
+def test_a_creation_that_is_refused_is_tried_again(
+    cloud: Any, undisturbed: runs.Run, tmp_path: Path
+) -> None:
+    cloud.faults["CreateNode"] = [fake.Fault(StatusCode.RESOURCE_EXHAUSTED, "no v4 left")]
+    run = undisturbed.but("refused", tmp_path, total_steps=1)
+    done = processes.ended(start(run, tmp_path, "--delete-tpu-on-exit"))
+    assert done.status == 0, done.told
+    assert "no v4 left; asking again in 5 s" in done.told
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"tpu_size": 16}, "tpu_size is 16, but --tpu names 1 slice(s) of v4-16, 8 devices in all"),
+        ({"tpu_type": "v3-64", "tpu_size": 64}, "tpu_type 'v3-64' (v3-TPU_SIZE unless given) is"),
+    ],
+)
+def test_nothing_is_created_for_a_configuration_that_is_wrong(
+    cloud: Any, undisturbed: runs.Run, tmp_path: Path, keys: dict[str, Any], told: str
+) -> None:
+    done = processes.ended(start(undisturbed.but("wrong", tmp_path, **keys), tmp_path))
+    assert done.status == 1
+    assert told in done.told
+    assert not cloud.methods("Create")
