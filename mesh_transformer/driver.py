@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from mesh_transformer.config import Config
+from mesh_transformer.errors import UserError
 from mesh_transformer.pod.cluster import Cluster
 from mesh_transformer.pod.machines import Node
+from mesh_transformer.session import SessionLost
 from mesh_transformer.training import goodput, loop, recovery
 
 _logger = logging.getLogger(__name__)
@@ -45,8 +47,7 @@ def train(
         fresh_opt: And with fresh optimizer moments.
 
     Raises:
-        SessionLost: Hosts were lost too often in a row.
-        UserError: Something is wrong that the user can mend.
+        UserError: Something is wrong that the user can mend, or hosts were lost too often in a row.
     """
     loop.check_tasks(config)
     ledger = goodput.Ledger()
@@ -78,5 +79,7 @@ def train(
                 prepare=prepare,
                 ledger=ledger,
             )
+        except SessionLost as error:
+            raise UserError(f"{error}; training is given up") from error
         finally:
             _logger.info("%s", ledger)

@@ -129,3 +129,10 @@ def test_a_new_run_tunes_before_it_gives_up_what_there_is_and_gives_up_only_once
     assert sessions[0].events[:2] == [("tune from", "runs/other", True), ("clear",)]
     assert not sessions[1].named("tune from", "clear")
     assert LEFT_ASIDE not in caplog.text
+
+
+def test_hosts_that_are_lost_too_often_end_the_run_with_one_message(
+    train: Callable[..., Finished],
+) -> None:
+    with pytest.raises(UserError, match=r"(?s)process 7.* pod_retries is 1; training is given up"):
+        train(lost_at(2, FakeCluster()), lost_at(2, FakeCluster()), keys={"pod_retries": 1})

@@ -216,3 +216,53 @@ def test_a_slice_that_cannot_be_is_refused_before_anybody_is_asked() -> None:
     assert problem(config=PodConfig()) == (
         "set tpu_type to the slice to create, such as 'v3-8', or tpu_size"
     )
+
+
+class FakeGoogle:
+    """Answers every request alike, and notes it."""
+
+    def __init__(self, status: int, data: dict[str, Any]) -> None:
+        self.status_code, self._data = status, data
+        self.urls: list[str] = []
+
+    def __call__(self, credentials: object) -> FakeGoogle:
+        return self
+
+    def get(self, url: str, timeout: float) -> FakeGoogle:
+        self.urls.append(url)
+        return self
+
+    def json(self) -> dict[str, Any]:
+        return self._data
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_a_secret_is_read_from_secret_manager_or_its_lack_told(
+    cloud: Any, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    import google.auth
+    from google.auth.transport import requests
+
+    answers = FakeGoogle(status, {"payload": {"data": "c2VjcmV0Cg=="}})
+    monkeypatch.setattr(google.auth, "default", lambda scopes: (None, None))
+    monkeypatch.setattr(requests, "AuthorizedSession", answers)
+    api = tpu_api.connect("local", "my-project")
+    if status == 200:
+        assert api.secret("ray") == "secret"
+    else:
+        with pytest.raises(UserError, match=r"^tpu_token_secret 'ray' cannot be read \(HTTP 404\)"):
+            api.secret("ray")
+    assert answers.urls == [
+        "https://secretmanager.googleapis.com/v1/projects/my-project/secrets/ray/versions/"
+        "latest:access"
+    ]
+
+
+def test_the_driver_is_known_by_the_address_that_it_has_where_the_hosts_are(
+    cloud: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tpu_api.connect("local", "my-project").own_address() == "127.0.0.1"
+    monkeypatch.setattr(tpu_api, "METADATA", "no address")
+    api = tpu_api.TpuApi(None, None, zone="us-central1-a", project="my-project")
+    with pytest.raises(UserError, match="no network by which TPU VMs .* set tpu_driver_address"):
+        api.own_address()

@@ -26,7 +26,7 @@ from mesh_transformer.pod import tpu_api
 pytest.importorskip("ray", reason="needs Ray; run EXTRAS=test,pods ./test")
 pytestmark = [pytest.mark.pods, pytest.mark.slow]
 
-STEPS = 40
+STEPS = 16
 TPU = ("--tpu", "test", "--tpu_region", "local", "--preemptible")
 
 
@@ -53,7 +53,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
     quickstart = json.loads((runs.ROOT / "configs" / "quickstart.json").read_text())
     model = {key: quickstart[key] for key in ("layers", "d_model", "n_heads", "n_vocab", "seq")}
     size = {"tpu_type": "v4-16", "tpu_size": 8, "per_replica_batch": 1, "remat": "none"}
-    times = {"total_steps": STEPS, "ckpt_every": 10, "val_every": 20}
+    times = {"total_steps": STEPS, "ckpt_every": 4, "val_every": 8}
     run = runs.make(tmp_path_factory.mktemp("tpu"), **model | size | times)
     done = processes.ended(run.start("train.py", "--config", str(run.config), "--hosts", "2"))
     assert done.status == 0, done.told
@@ -84,7 +84,7 @@ def test_a_preempted_slice_is_replaced_and_the_run_ends_with_the_bits_of_local_h
 ) -> None:
     run = undisturbed.but("preempted", tmp_path)
     process = start(run, tmp_path)
-    assert processes.wait_until(lambda: logged(run, 13), process), processes.ended(process).told
+    assert processes.wait_until(lambda: logged(run, 6), process), processes.ended(process).told
     cloud.preempt("test")
     done = processes.ended(process)
     assert done.status == 0, done.told
@@ -100,7 +100,7 @@ def test_a_driver_that_starts_again_gets_its_slice_back_and_deletes_it_when_aske
 ) -> None:
     run = undisturbed.but("driverless", tmp_path)
     process = start(run, tmp_path)
-    assert processes.wait_until(lambda: logged(run, 13), process), processes.ended(process).told
+    assert processes.wait_until(lambda: logged(run, 6), process), processes.ended(process).told
     process.kill()
     processes.ended(process)
     done = processes.ended(start(run, tmp_path, "--delete-tpu-on-exit"))

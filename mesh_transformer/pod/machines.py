@@ -204,7 +204,10 @@ class Pod:
             UserError: A machine's accelerators cannot be shared as asked.
         """
         if self._n_local is not None:
-            return self._cluster.machines()[0].places(self._n_local)
+            machine = self._cluster.machines()[0]
+            if os.environ.get("JAX_PLATFORMS") == "cpu":  # then nothing else is wanted
+                machine = machine._replace(resources={})
+            return machine.places(self._n_local)
         end, told = time.monotonic() + seconds, 0
         while len(machines := self._cluster.machines()) < self._n_machines:
             if time.monotonic() > end:

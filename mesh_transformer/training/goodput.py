@@ -33,6 +33,7 @@ class Ledger:
         self._doing = STARTING
         self._seconds: dict[str, float] = collections.defaultdict(float)
         self._step_seconds: dict[int, float] = {}
+        self._in_steps = 0.0  # their sum
         self.restarts = 0
 
     def now(self, doing: str) -> None:
@@ -54,13 +55,15 @@ class Ledger:
     def step(self, step: int) -> None:
         """Note that a step is done: what was spent on training since the last one is its time."""
         self.now(STEPS)
-        self._step_seconds[step] = self._seconds[STEPS] - sum(self._step_seconds.values())
+        self._step_seconds[step] = self._seconds[STEPS] - self._in_steps
+        self._in_steps = self._seconds[STEPS]
 
     def restored(self, step: int) -> None:
         """Book the time of later steps as lost: they are taken again."""
         for later in [taken for taken in self._step_seconds if taken > step]:
             seconds = self._step_seconds.pop(later)
             self._seconds[STEPS] -= seconds
+            self._in_steps -= seconds
             self._seconds[LOST] += seconds
 
     @property

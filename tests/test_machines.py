@@ -1,0 +1,75 @@
+"""Machines of a Ray cluster as places for hosts, and what slices tell each other by."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from mesh_transformer.errors import UserError
+
+pytest.importorskip("ray", reason="needs the extra [pods]")
+
+from mesh_transformer.pod import cluster, machines  # noqa: E402
+from mesh_transformer.pod.machines import Machine, RayCluster  # noqa: E402
+
+
+def machine(labels: dict[str, str], **resources: float) -> Machine:
+    return Machine("id", "10.0.0.2", resources, labels)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"mesh-slice": "a", "mesh-worker": "3"},
+        {"ray.io/tpu-slice-name": "a", "ray.io/tpu-worker-id": "3"},
+    ],
+)
+def test_labels_of_start_up_scripts_and_of_ray_number_a_machine(labels: dict[str, str]) -> None:
+    assert (machine(labels).slice_name, machine(labels).worker) == ("a", 3)
+
+
+def test_a_machine_s_accelerators_are_shared_alike() -> None:
+    (first, second) = machine({}, GPU=4, CPU=8).places(2)
+    assert first == second and first.resources == {"GPU": 2}
+    assert machine({}, CPU=2).places(1)[0].resources == {}
+    with pytest.raises(UserError, match="10.0.0.2 has 3 GPUs, which 2 hosts cannot share alike"):
+        machine({}, GPU=3).places(2)
+
+
+def test_hosts_of_several_slices_are_told_where_the_first_one_is() -> None:
+    names = [machine({"mesh-slice": name}, TPU=4).places(1)[0] for name in ("a", "a", "b", "b")]
+    assert cluster._between_slices(names, 3) == {
+        "MEGASCALE_COORDINATOR_ADDRESS": "10.0.0.2",
+        "MEGASCALE_PORT": "8081",
+        "MEGASCALE_NUM_SLICES": "2",
+        "MEGASCALE_SLICE_ID": "1",
+    }
+    assert cluster._between_slices(names[:2], 1) == {}
+
+
+def test_a_token_that_is_made_up_is_one_that_only_its_user_can_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    machines._keep_token(None)
+    path = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    token = RayCluster().token
+    assert token == path.read_text() and len(token) == 64
+    machines._keep_token(None)
+    assert RayCluster().token == token
+    machines._keep_token("given")
+    assert RayCluster().token == "given"
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
+
+
+def test_hosts_elsewhere_cannot_join_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(UserError, match="RAY_AUTH_MODE is 'disabled', but other machines join"):
+        RayCluster().token  # noqa: B018
