@@ -53,7 +53,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
     quickstart = json.loads((runs.ROOT / "configs" / "quickstart.json").read_text())
     model = {key: quickstart[key] for key in ("layers", "d_model", "n_heads", "n_vocab", "seq")}
     size = {"tpu_type": "v4-16", "tpu_size": 8, "per_replica_batch": 1, "remat": "none"}
-    times = {"total_steps": STEPS, "ckpt_every": 4, "val_every": 8}
+    times = {
+        "total_steps": STEPS,
+        "ckpt_every": 4,
+        "keep_every": 8,
+        "val_every": 8,
+        "val_batches": 1,
+    }
     run = runs.make(tmp_path_factory.mktemp("tpu"), **model | size | times)
     done = processes.ended(run.start("train.py", "--config", str(run.config), "--hosts", "2"))
     assert done.status == 0, done.told
