@@ -222,4 +222,4 @@ def test_what_would_go_wrong_again_is_not_retried(
     run = undisturbed.but("hopeless", tmp_path, **keys)
     done = ended(started(run), run)
     assert done.status == 1 and re.search(message, done.told), done.told
-    assert "starting again" not in done.told and "restart" not in done.told
+    assert "starting again" not in done.told and "restart(s)" not in done.told
