@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import pathlib
@@ -87,8 +88,9 @@ def train(run: runs.Run, args: argparse.Namespace, *, disturbed: bool) -> dict[s
                     sys.exit(f"not done after {args.limit:.0f} s; it wrote\n{log.read_text()}")
             victims = hosts.pids_below(process.pid)
             if chance.randrange(args.driver_odds) and victims:
-                os.kill(chance.choice(victims), signal.SIGKILL)
-                kills["host"] += 1
+                with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                    os.kill(chance.choice(victims), signal.SIGKILL)
+                    kills["host"] += 1
             else:
                 process.kill()
                 process.wait()

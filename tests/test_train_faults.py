@@ -88,7 +88,8 @@ def assert_recovered(
     noticed = re.findall(r"noticed .*? s after|no answer to .*? s from", done.told)
     assert len(noticed) == losses, done.told
     again = re.findall(r"training again .* s after the loss", done.told)
-    print(f"{what}: {noticed}; {again}; {done.told.splitlines()[-1]}")
+    (whole,) = re.findall(r"^goodput .* s(?:, .*)?: .*$", done.told, re.M)[-1:]
+    print(f"{what}: {noticed}; {again}; {whole}")
 
 
 def logged(run: runs.Run, step: int) -> bool:
