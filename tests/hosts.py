@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pathlib
+import signal
 import subprocess
+from collections.abc import Callable
+
+import processes
 
 
 def pids_below(ancestor: int) -> list[int]:
@@ -13,6 +20,42 @@ def pids_below(ancestor: int) -> list[int]:
     parents = {int(row[0]): int(row[1]) for row in rows}
     hosts = [int(row[0]) for row in rows if row[2].startswith("ray::Host")]
     return sorted(pid for pid in hosts if ancestor in _ancestors(pid, parents))
+
+
+def is_at(pid: int, method: str) -> bool:
+    """Whether a host is in a method, which Ray writes over its command line."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        title = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+        return title.rstrip(b"\0 ") == f"ray::Host.{method}".encode()
+    return False
+
+
+def stopped(
+    driver: subprocess.Popen[str],
+    when: Callable[[int], bool],
+    but: tuple[int, ...] = (),
+    n_hosts: int = 2,
+) -> int:
+    """Stop a host (SIGSTOP) at a moment when something is true of it; return its process id.
+
+    Args:
+        but: Hosts of an earlier attempt.
+    """
+    pids: list[int] = []
+
+    def caught() -> bool:
+        if len(pids) < n_hosts:
+            pids[:] = [pid for pid in pids_below(driver.pid) if pid not in but]
+        if len(pids) < n_hosts or not when(pids[-1]):
+            return False
+        os.kill(pids[-1], signal.SIGSTOP)
+        if when(pids[-1]):
+            return True
+        os.kill(pids[-1], signal.SIGCONT)  # it had gone on in the meantime
+        return False
+
+    assert processes.wait_until(caught, driver), f"{driver.args!r} ended before"
+    return pids[-1]
 
 
 def _ancestors(pid: int, parents: dict[int, int]) -> list[int]:

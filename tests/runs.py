@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -82,8 +82,20 @@ class Run(NamedTuple):
         """Start `device_train.py` in a process of its own."""
         return self.start("device_train.py", "--config", str(self.config), *flags)
 
-    def start(self, script: str, *arguments: str, folder: Path = ROOT) -> subprocess.Popen[str]:
-        """Start a script of the repository, or a copy of it in another folder."""
+    def start(
+        self,
+        script: str,
+        *arguments: str,
+        folder: Path = ROOT,
+        output: IO[str] | int = subprocess.PIPE,
+    ) -> subprocess.Popen[str]:
+        """Start a script of the repository, or a copy of it in another folder.
+
+        Args:
+            output: A file that it writes to. Left out: a pipe of each kind.
+
+        A pipe that nobody reads is full after 64 KiB, and whoever writes to it waits.
+        """
         return subprocess.Popen(
             [sys.executable, str(folder / script), *arguments],
             env=os.environ
@@ -94,8 +106,8 @@ class Run(NamedTuple):
                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             },
             text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
         )
 
     def log(self) -> list[dict[str, Any]]:

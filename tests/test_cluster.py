@@ -129,6 +129,15 @@ def test_what_the_user_can_mend_comes_as_it_is(two_hosts: Cluster) -> None:
         two_hosts.generate([[1], []], GREEDY, 2)
 
 
+def test_what_the_others_raise_once_a_host_is_gone_is_not_the_users_fault(
+    two_hosts: Cluster,
+) -> None:
+    victim = hosts.pids_below(os.getpid())[-1]
+    os.kill(victim, signal.SIGKILL)
+    with pytest.raises(SessionLost, match=rf"\(process {victim}\) was lost during generate"):
+        two_hosts.generate([[1], []], GREEDY, 2)
+
+
 def test_hosts_that_cannot_share_the_devices_are_refused(
     pods: Callable[[int], Pod], tmp_path: Path
 ) -> None:

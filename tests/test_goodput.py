@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from mesh_transformer.training import goodput
@@ -43,7 +45,7 @@ def test_every_second_is_booked_once() -> None:
 
 def test_steps_after_the_restored_one_are_lost() -> None:
     ledger, clock = run()
-    ledger.restarts += 1
+    ledger.lost()
     ledger.restored(2)
     assert ledger.goodput == pytest.approx(2 / 18)
     clock.now += 2
@@ -53,3 +55,21 @@ def test_steps_after_the_restored_one_are_lost() -> None:
         "goodput 20.0% of 20.0 s, 1 restart(s): compiling 10.0 s, training 4.0 s, starting 3.0 s, "
         "training lost again 2.0 s, saving 1.0 s"
     )
+
+
+def test_recovery_is_told_once_it_trains_again(caplog: pytest.LogCaptureFixture) -> None:
+    ledger, clock = run()
+    with caplog.at_level(logging.INFO):
+        ledger.lost()
+        clock.now += 4
+        ledger.restored(1)
+        ledger.lost()  # before it had trained
+        clock.now += 2
+        ledger.restored(1)
+        assert not caplog.messages
+        ledger.step(2)
+        ledger.step(3)
+    assert caplog.messages == [
+        "training again 6.0 s after the loss: step 2 is done, 2 step(s) are taken again"
+    ]
+    assert ledger.restarts == 2

@@ -71,6 +71,7 @@ class Cluster:
         self._starting = _Deadline("pod_start_seconds", pod.pod_start_seconds)
         self._stepping = _Deadline("pod_step_seconds", pod.pod_step_seconds)
         self._compiled = False
+        self._answered = time.monotonic()  # when all hosts were known to live
         self._hosts: list[Any] = []
         self._names = [node.address for node in nodes]
         self._steps: collections.deque[_Step] = collections.deque()
@@ -246,27 +247,33 @@ class Cluster:
                 )
             if _error(ready[0]):
                 raise self._failure(method, refs)
-        return [ray.get(ref) for ref in refs]
+        answers = [ray.get(ref) for ref in refs]
+        self._answered = time.monotonic()
+        return answers
 
     def _failure(self, method: str, refs: Sequence[Any]) -> Exception:
         """Return what to raise once an answer is an error: of several, the one that tells most.
 
-        A host that is gone makes those that wait for it fail too, perhaps before anyone notices.
+        A host that is gone makes those that wait for it fail too, perhaps before anyone notices,
+        and it may have answered this call. So all are asked whether they live: if one does not,
+        what the others raise is no fault of the user's, whatever it says.
         """
-        ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=_SECONDS_TO_BLAME)
-        errors = [(self._names[refs.index(ref)], _error(ref)) for ref in ready]
-        for _, error in errors:
-            if isinstance(error, ray.exceptions.RayTaskError) and isinstance(
-                error.cause, UserError
-            ):
-                return error.cause
-        lost = [
-            f"{name} was lost during {method}: {str(error).strip().splitlines()[0]}"
+        asked = [*refs, *(host.info.remote() for host in self._hosts)]
+        names = [*self._names[: len(refs)], *self._names]
+        ready, _ = ray.wait(asked, num_returns=len(asked), timeout=_SECONDS_TO_BLAME)
+        errors = [(names[asked.index(ref)], error) for ref in ready if (error := _error(ref))]
+        lost = {
+            name: f"{name} was lost during {method}: {str(error).strip().splitlines()[0]}"
             for name, error in errors
-            if error and not isinstance(error, ray.exceptions.RayTaskError)
-        ]
-        raised = [f"{method} failed on {name}:\n{error}" for name, error in errors if error]
-        return SessionLost("\n".join(lost or raised[:1]))
+            if not isinstance(error, ray.exceptions.RayTaskError)
+        }
+        for _, error in errors:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, UserError) and not lost:
+                return cause
+        raised = [f"{method} failed on {name}:\n{error}" for name, error in errors]
+        silence = f"noticed {time.monotonic() - self._answered:.1f} s after all hosts had answered"
+        return SessionLost("\n".join([*(lost.values() or raised[:1]), silence]))
 
 
 class _Step(Mapping[str, float]):

@@ -218,7 +218,8 @@ class Pod:
             if told != (told := len(machines)):
                 _logger.info("waiting for machines: %d of %d", told, self._n_machines)
             time.sleep(1.0)
-        return [machine.places(1)[0] for machine in machines]
+        # One more than there were would change the run; it is left aside.
+        return [machine.places(1)[0] for machine in machines[: self._n_machines]]
 
 
 def _keep_token(token: str | None) -> None:

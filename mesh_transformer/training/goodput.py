@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,8 @@ RESTORING = "restoring"
 SAVING = "saving"
 VALIDATING = "validating"
 WAITING = "waiting to try again"
+
+_logger = logging.getLogger(__name__)
 
 
 class Ledger:
@@ -34,6 +37,8 @@ class Ledger:
         self._seconds: dict[str, float] = collections.defaultdict(float)
         self._step_seconds: dict[int, float] = {}
         self._in_steps = 0.0  # their sum
+        self._lost_at: float | None = None
+        self._steps_lost = 0
         self.restarts = 0
 
     def now(self, doing: str) -> None:
@@ -53,14 +58,32 @@ class Ledger:
             self.now(before)
 
     def step(self, step: int) -> None:
-        """Note that a step is done: what was spent on training since the last one is its time."""
+        """Note that a step is done: what was spent on training since the last one is its time.
+
+        The first one after a loss is logged with the time that recovery took.
+        """
         self.now(STEPS)
         self._step_seconds[step] = self._seconds[STEPS] - self._in_steps
         self._in_steps = self._seconds[STEPS]
+        if self._lost_at is not None:
+            _logger.info(
+                "training again %.1f s after the loss: step %d is done, %d step(s) are taken again",
+                self._since - self._lost_at,
+                step,
+                self._steps_lost,
+            )
+            self._lost_at, self._steps_lost = None, 0
+
+    def lost(self) -> None:
+        """Note that all hosts have to start again: until the next step it is recovered from."""
+        self.restarts += 1
+        if self._lost_at is None:
+            self._lost_at = self._clock()
 
     def restored(self, step: int) -> None:
         """Book the time of later steps as lost: they are taken again."""
         for later in [taken for taken in self._step_seconds if taken > step]:
+            self._steps_lost += 1
             seconds = self._step_seconds.pop(later)
             self._seconds[STEPS] -= seconds
             self._in_steps -= seconds

@@ -94,7 +94,7 @@ def train(
         except SessionLost as error:
             losses += 1
             wait = _wait_after(error, losses, config.pod.pod_retries)
-            ledger.restarts += 1
+            ledger.lost()
             with ledger.during(goodput.WAITING):
                 sleep(wait)
             ledger.now(goodput.STARTING)
