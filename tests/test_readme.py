@@ -29,7 +29,10 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 
 # What the how-tos show and scripts get in a later step. A test keeps these from outliving it.
 COMING_FLAGS = {"train.py": {"--tpu", "--tpu_region", "--preemptible", "--delete-tpu-on-exit"}}
-COMING_KEYS = {"pod_start_seconds", "pod_step_seconds", "pod_heartbeat_seconds", "pod_retries"}
+COMING_KEYS = {
+    *("pod_start_seconds", "pod_step_seconds", "pod_heartbeat_seconds", "pod_retries"),
+    "tpu_driver_address",
+}
 
 # What a command may begin with beyond `python`: checked by its own tests, or not ours.
 OTHER = {"cd", "git", "pre-commit", "source"}
