@@ -1,6 +1,6 @@
 """GPT-J-6B compiled by the TPU compiler, on any machine: what cores exchange and what they hold.
 
-Each program is compiled once, in half a minute; sizes of the model make shapes telling.
+Each program is compiled once, in half a minute or one; sizes of the model make shapes telling.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ pytestmark = [pytest.mark.tpu, pytest.mark.slow]
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "gptj_6B_v3-8.json"
 GIB = 2**30
 T, V = 2048, 50400
+REPLICATED = {"v3_32": 8.5, "v3_256": 6.5, "v5e_64": 7.5}
+"""Programs of several replicas of 8 cores, and the GiB per core that are enough, of 16."""
+
 BTD, BT = f"bf16[1,{T},4096]", f"f32[1,{T}]"
 
 # No question to a metadata server, and no lock against other processes: nothing here holds a TPU.
@@ -74,6 +77,18 @@ def v3_32() -> Trained:
 
 
 @pytest.fixture(scope="module")
+def v3_256() -> Trained:
+    """As the original was trained, by `configs/6B_roto_256.json`: 32 replicas."""
+    return trained("v3:16x8", 32, 8, accumulation=16, zero_stage=1)
+
+
+@pytest.fixture(scope="module")
+def v5e_64() -> Trained:
+    """Eight replicas of eight chips."""
+    return trained("v5e:8x8", 8, 8, accumulation=16, zero_stage=1)
+
+
+@pytest.fixture(scope="module")
 def v5e_tensor() -> Trained:
     """Eight chips split each layer; one sequence."""
     return trained("v5e:2x4", 1, 8, accumulation=1, zero_stage=0)
@@ -96,10 +111,14 @@ def test_a_v3_8_trains_it_in_less_than_14_of_its_16_gib_per_core(v3_8: Trained) 
     assert gib(v3_8.program) < 14.0
 
 
+@pytest.mark.parametrize("name", ["v3_8", *REPLICATED])
 @pytest.mark.parametrize("way", ["forward", "backward"])
-def test_a_block_exchanges_one_bfloat16_tensor_in_each_direction(v3_8: Trained, way: str) -> None:
-    inside = [e for e in v3_8.program.exchanges if e.loops == ("rounds", f"layers {way}")]
-    assert [(e.kind, *map(str, e.arrays)) for e in inside] == [("all-reduce", BTD)]
+def test_a_block_exchanges_one_bfloat16_tensor_in_each_direction(
+    request: pytest.FixtureRequest, name: str, way: str
+) -> None:
+    _, program = request.getfixturevalue(name)
+    inside = [e for e in program.exchanges if e.loops == ("rounds", f"layers {way}")]
+    assert [(e.kind, e.axis, *map(str, e.arrays)) for e in inside] == [("all-reduce", "mp", BTD)]
 
 
 def test_between_blocks_cores_exchange_embeddings_and_three_numbers_per_token(
@@ -115,13 +134,15 @@ def test_no_core_holds_the_logits_of_the_whole_vocabulary(v3_8: Trained) -> None
     assert not [str(array) for array in v3_8.program.arrays if {T, V} <= set(array.dims)]
 
 
-@pytest.mark.parametrize("name", ["v3_8", "v3_32", "v5e_tensor", "v5e_spread"])
+@pytest.mark.parametrize("name", ["v3_8", *REPLICATED, "v5e_tensor", "v5e_spread"])
 def test_a_step_writes_its_state_in_place_and_passes_over_the_layers_once_each_way(
     request: pytest.FixtureRequest, name: str
 ) -> None:
     steps, program = request.getfixturevalue(name)
-    assert program.memory.alias_size_in_bytes == pytest.approx(state_bytes(steps.state), rel=1e-3)
-    rounds = {"rounds": 1} if name.startswith("v3") else {}
+    # All of the state, with what pads its tiles; of what comes out, only metrics lie elsewhere.
+    assert program.memory.alias_size_in_bytes >= state_bytes(steps.state)
+    assert program.memory.output_size_in_bytes - program.memory.alias_size_in_bytes < 2**16
+    rounds = {"rounds": 1} if name in ("v3_8", *REPLICATED) else {}
     assert program.loops == {"layers forward": 1, "layers backward": 1} | rounds
 
 
@@ -129,11 +150,18 @@ def test_one_replica_exchanges_nothing_with_itself(v3_8: Trained) -> None:
     assert [v3_8.program.exchanged(axis) for axis in ("dp", "dp mp", "")] == [{}, {}, {}]
 
 
-def test_four_replicas_exchange_gradients_and_copies_once_outside_all_loops(
-    v3_32: Trained,
+@pytest.mark.parametrize("name", REPLICATED)
+def test_replicas_share_the_optimizer_state_and_leave_half_of_each_core_free(
+    request: pytest.FixtureRequest, name: str
 ) -> None:
-    steps, program = v3_32
-    assert gib(program) < 9.0
+    assert gib(request.getfixturevalue(name).program) < REPLICATED[name]
+
+
+@pytest.mark.parametrize("name", REPLICATED)
+def test_replicas_exchange_gradients_and_copies_once_outside_all_loops(
+    request: pytest.FixtureRequest, name: str
+) -> None:
+    _, program = request.getfixturevalue(name)
     over_dp = [e for e in program.exchanges if "dp" in e.axis]
     assert {e.loops for e in over_dp} == {()}
 
@@ -142,7 +170,7 @@ def test_four_replicas_exchange_gradients_and_copies_once_outside_all_loops(
         return collections.Counter((array.dtype, array.size) for array in arrays)
 
     def expected(dtype: str, least_rank: int) -> collections.Counter[tuple[str, int]]:
-        unspread = steps_on("v3:4x4", 4, 8, zero_stage=0).state.params
+        unspread = steps_on("v3:2x2", 1, 8, zero_stage=0).state.params
         return collections.Counter(
             (dtype, math.prod(leaf.sharding.shard_shape(leaf.shape)))
             for module, leaves in unspread.items()
