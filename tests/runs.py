@@ -82,6 +82,16 @@ class Run(NamedTuple):
         """Start `device_train.py` in a process of its own."""
         return self.start("device_train.py", "--config", str(self.config), *flags)
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment of its processes: CPU devices, and programs that are compiled once."""
+        return {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(self.cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+
     def start(
         self,
         script: str,
@@ -98,13 +108,7 @@ class Run(NamedTuple):
         """
         return subprocess.Popen(
             [sys.executable, str(folder / script), *arguments],
-            env=os.environ
-            | {
-                "JAX_PLATFORMS": "cpu",
-                "JAX_COMPILATION_CACHE_DIR": str(self.cache),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            },
+            env=os.environ | self.variables,
             text=True,
             stdout=output,
             stderr=output,

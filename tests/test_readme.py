@@ -27,13 +27,6 @@ DOCUMENTS = sorted(
 )
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
-# What the how-tos show and scripts get in a later step. A test keeps these from outliving it.
-COMING_FLAGS = {"train.py": {"--tpu", "--tpu_region", "--preemptible", "--delete-tpu-on-exit"}}
-COMING_KEYS = {
-    *("pod_start_seconds", "pod_step_seconds", "pod_heartbeat_seconds", "pod_retries"),
-    "tpu_driver_address",
-}
-
 # What a command may begin with beyond `python`: checked by its own tests, or not ours.
 OTHER = {"cd", "git", "pre-commit", "source"}
 
@@ -75,7 +68,7 @@ def check_python(words: list[str]) -> None:
         return
     assert module or (ROOT / program[0]).is_file(), f"there is no {program[0]}"
     flags = {word.partition("=")[0] for word in words if re.match(r"--\w", word)}
-    known = known_flags(*program) | COMING_FLAGS.get(program[-1], set())
+    known = known_flags(*program)
     assert flags <= known, f"{program[-1]} does not know {sorted(flags - known)}"
 
 
@@ -125,20 +118,14 @@ def test_the_files_and_links_named_exist(document: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_keys_named_are_keys_of_the_configuration(document: str) -> None:
-    assert keys_named(document) <= {*config.KEYS} | COMING_KEYS
+    assert keys_named(document) <= {*config.KEYS}
 
 
 @pytest.mark.parametrize("document", [name for name in DOCUMENTS if any(snippets(name))])
 def test_the_configurations_shown_are_sound(document: str) -> None:
     base = json.loads((ROOT / "configs" / "gptj_6B_v3-8.json").read_text())
     for keys in snippets(document):
-        config.parse(base | {key: keys[key] for key in keys if key not in COMING_KEYS})
-
-
-def test_what_is_said_to_come_is_not_there_yet() -> None:
-    assert not COMING_KEYS & {*config.KEYS}
-    for program, flags in COMING_FLAGS.items():
-        assert not flags & known_flags(program)
+        config.parse(base | keys)
 
 
 def test_the_alphabet_shown_is_the_one_in_use() -> None:

@@ -26,6 +26,7 @@ pytest.importorskip("ray", reason="needs the extra [pods]")
 
 from mesh_transformer import driver  # noqa: E402
 from mesh_transformer.pod import cluster, host  # noqa: E402
+from mesh_transformer.pod.machines import Pod  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -174,7 +175,7 @@ def test_a_host_raises_what_nobody_expects(
 
     monkeypatch.setattr(cluster, "Host", Host)
     with caplog.at_level(logging.INFO):
-        finished = driver.train(config.load(run.config), n_local=2)
+        finished = driver.train(config.load(run.config), Pod(n_local=2))
     assert re.search(r"(?s)train failed on .*process.*ZeroDivisionError: an accident", caplog.text)
     done = processes.Ended(finished.status, "", "\n".join(caplog.messages))
     assert_recovered("host raises", done, run, undisturbed)

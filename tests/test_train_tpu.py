@@ -26,7 +26,7 @@ from mesh_transformer.pod import tpu_api
 pytest.importorskip("ray", reason="needs Ray; run EXTRAS=test,pods ./test")
 pytestmark = [pytest.mark.pods, pytest.mark.slow]
 
-STEPS = 16
+STEPS = 12
 TPU = ("--tpu", "test", "--tpu_region", "local", "--preemptible")
 
 
@@ -40,9 +40,13 @@ def network() -> Iterator[fake_network.Network]:
 
 @pytest.fixture
 def cloud(
-    tmp_path: Path, network: fake_network.Network, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    network: fake_network.Network,
+    undisturbed: runs.Run,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Any]:
-    with fake.serve(fake_tpu_vms.Vms(tmp_path / "vms", network=network)) as server:
+    vms = fake_tpu_vms.Vms(tmp_path / "vms", undisturbed.variables, network)
+    with fake.serve(vms) as server:
         monkeypatch.setenv(tpu_api.ENDPOINT, server.endpoint)
         yield server
 
@@ -55,9 +59,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
     size = {"tpu_type": "v4-16", "tpu_size": 8, "per_replica_batch": 1, "remat": "none"}
     times = {
         "total_steps": STEPS,
+        "anneal_steps": 10,
         "ckpt_every": 4,
-        "keep_every": 8,
-        "val_every": 8,
+        "keep_every": 12,
+        "val_every": 12,
         "val_batches": 1,
     }
     run = runs.make(tmp_path_factory.mktemp("tpu"), **model | size | times)
@@ -71,12 +76,29 @@ def start(run: runs.Run, folder: Path, *flags: str) -> Any:
     copy = folder / "driver"
     copy.mkdir(exist_ok=True)
     shutil.copy(runs.ROOT / "train.py", copy)
-    return run.start("train.py", "--config", str(run.config), *TPU, *flags, folder=copy)
+    with told(run).open("w") as file:
+        arguments = ("--config", str(run.config), *TPU, *flags)
+        return run.start("train.py", *arguments, folder=copy, output=file)
 
 
-def logged(run: runs.Run, step: int) -> bool:
+def told(run: runs.Run) -> Path:
+    """The file of what the last train.py of a run has said: nobody reads a pipe while it runs."""
+    return run.config.with_suffix(".told")
+
+
+def ended(run: runs.Run, process: Any) -> processes.Ended:
+    """Wait for train.py; say how it ended."""
+    done = processes.ended(process, limit=150)
+    return done._replace(told=told(run).read_text())
+
+
+def reach(run: runs.Run, process: Any, step: int) -> None:
+    """Wait until a step is logged."""
     path = run.root / metrics_file.NAME
-    return path.exists() and f'"step": {step},' in path.read_text()
+    there = processes.wait_until(
+        lambda: path.exists() and f'"step": {step},' in path.read_text(), process
+    )
+    assert there, told(run).read_text()
 
 
 def assert_same(run: runs.Run, other: runs.Run) -> None:
@@ -90,9 +112,9 @@ def test_a_preempted_slice_is_replaced_and_the_run_ends_with_the_bits_of_local_h
 ) -> None:
     run = undisturbed.but("preempted", tmp_path)
     process = start(run, tmp_path)
-    assert processes.wait_until(lambda: logged(run, 6), process), processes.ended(process).told
+    reach(run, process, 6)
     cloud.preempt("test")
-    done = processes.ended(process)
+    done = ended(run, process)
     assert done.status == 0, done.told
     assert "TPU test: PREEMPTED" in done.told and "1 restart(s)" in done.told
     assert "TPU test (v4-16) is there still: READY" in done.told
@@ -106,10 +128,10 @@ def test_a_driver_that_starts_again_gets_its_slice_back_and_deletes_it_when_aske
 ) -> None:
     run = undisturbed.but("driverless", tmp_path)
     process = start(run, tmp_path)
-    assert processes.wait_until(lambda: logged(run, 6), process), processes.ended(process).told
+    reach(run, process, 6)
     process.kill()
-    processes.ended(process)
-    done = processes.ended(start(run, tmp_path, "--delete-tpu-on-exit"))
+    process.wait()
+    done = ended(run, start(run, tmp_path, "--delete-tpu-on-exit"))
     assert done.status == 0, done.told
     assert cloud.methods("Create") == ["CreateNode"]
     assert "TPU test is deleted" in done.told and "no TPU" in done.told
@@ -125,7 +147,7 @@ def test_a_signal_while_the_slice_is_waited_for_lists_what_was_asked_for(
     process = start(run, tmp_path)
     assert processes.wait_until(lambda: len(cloud.methods("GetNode")) > 3, process)
     process.send_signal(signal.SIGTERM)
-    done = processes.ended(process)
+    done = ended(run, process)
     assert done.status == 128 + signal.SIGTERM, done.told
     assert "TPU test (v4-16) is there still: CREATING" in done.told
 
@@ -134,8 +156,8 @@ def test_a_creation_that_is_refused_is_tried_again(
     cloud: Any, undisturbed: runs.Run, tmp_path: Path
 ) -> None:
     cloud.faults["CreateNode"] = [fake.Fault(StatusCode.RESOURCE_EXHAUSTED, "no v4 left")]
-    run = undisturbed.but("refused", tmp_path, total_steps=1)
-    done = processes.ended(start(run, tmp_path, "--delete-tpu-on-exit"))
+    run = undisturbed.but("refused", tmp_path, total_steps=1, warmup_steps=1, anneal_steps=0)
+    done = ended(run, start(run, tmp_path, "--delete-tpu-on-exit"))
     assert done.status == 0, done.told
     assert "no v4 left; asking again in 5 s" in done.told
 
@@ -144,13 +166,14 @@ def test_a_creation_that_is_refused_is_tried_again(
     ("keys", "told"),
     [
         ({"tpu_size": 16}, "tpu_size is 16, but --tpu names 1 slice(s) of v4-16, 8 devices in all"),
-        ({"tpu_type": "v3-64", "tpu_size": 64}, "tpu_type 'v3-64' (v3-TPU_SIZE unless given) is"),
+        ({"tpu_type": "v5p-16"}, "tpu_type 'v5p-16' (v3-TPU_SIZE unless given) is not offered in"),
     ],
 )
 def test_nothing_is_created_for_a_configuration_that_is_wrong(
     cloud: Any, undisturbed: runs.Run, tmp_path: Path, keys: dict[str, Any], told: str
 ) -> None:
-    done = processes.ended(start(undisturbed.but("wrong", tmp_path, **keys), tmp_path))
+    run = undisturbed.but("wrong", tmp_path, **keys)
+    done = ended(run, start(run, tmp_path))
     assert done.status == 1
     assert told in done.told
     assert not cloud.methods("Create")

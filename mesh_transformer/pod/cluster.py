@@ -46,6 +46,9 @@ _SECONDS_TO_BLAME = 3.0
 # In which a file that one machine has written shows on the others; NFS may look once a minute.
 _SECONDS_TO_BE_SEEN = 60.0
 
+# libtpu's own choice. Whoever starts Ray names another folder, or Ray would show the driver all of it.
+_LOGS = {"TPU_LOG_DIR": "/tmp/tpu_logs"}
+
 _logger = logging.getLogger(__name__)
 
 
@@ -92,7 +95,7 @@ class Cluster:
                         index=index,
                         seconds=pod.pod_start_seconds,
                         heartbeat_seconds=pod.pod_heartbeat_seconds,
-                        environment=_between_slices(nodes, index),
+                        environment=_LOGS | _between_slices(nodes, index),
                     )
                     for index, host in enumerate(self._hosts)
                 ],

@@ -142,7 +142,9 @@ class Host:
         config = parse(flat_config)
         if index == 0:
             logging.getLogger("mesh_transformer").setLevel(logging.INFO)
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_COMPILED).expanduser()))
+        if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+            cache = str(pathlib.Path(_COMPILED).expanduser())
+            jax.config.update("jax_compilation_cache_dir", cache)
         jax.distributed.initialize(
             coordinator,
             n_hosts,

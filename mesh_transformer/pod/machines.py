@@ -8,8 +8,11 @@ import logging
 import os
 import pathlib
 import secrets
+import signal
+import sys
 import tempfile
 import time
+import types
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Self
 
@@ -114,11 +117,14 @@ class RayCluster:
         Raises:
             UserError: There is no such cluster.
         """
+        self._on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             if self._address is not None:
                 ray.init(address=self._address, logging_level=logging.ERROR)
             else:
                 _keep_token(self._token)
+                # Ray would show all that libtpu logs, thousands of lines: it is to look elsewhere.
+                os.environ["TPU_LOG_DIR"] = str(_private_folder())
                 ray.init(
                     address="local",
                     _node_ip_address=self._here,
@@ -128,10 +134,12 @@ class RayCluster:
                 )
         except (ConnectionError, ray.exceptions.RayError) as error:
             raise UserError(f"no Ray cluster answers at {self._address}: {error}") from error
+        signal.signal(signal.SIGTERM, _end)  # Ray's own handler exits with another status
         return self
 
     def __exit__(self, *_: object) -> None:
         ray.shutdown()
+        signal.signal(signal.SIGTERM, self._on_sigterm)
 
     @property
     def address(self) -> str:
@@ -220,6 +228,11 @@ class Pod:
             time.sleep(1.0)
         # One more than there were would change the run; it is left aside.
         return [machine.places(1)[0] for machine in machines[: self._n_machines]]
+
+
+def _end(number: int, _: types.FrameType | None) -> None:
+    """End as a process does that a signal kills, but leave `with` blocks first."""
+    sys.exit(128 + number)
 
 
 def _keep_token(token: str | None) -> None:

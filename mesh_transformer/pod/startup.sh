@@ -100,10 +100,12 @@ fetch_token() {
 }
 
 # Ray compares Python versions to the last digit unless told that the minor one is enough. A host
-# whose driver is gone leaves after 20 seconds, to look for the next one.
+# whose driver is gone leaves after 20 seconds, to look for the next one. Were libtpu's logs in
+# the folder that is named here, Ray would show the driver every line of them.
 join() {
+    mkdir -p "$dir/empty"
     say "joining $head as host $worker of $name"
-    RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$dir/token \
+    RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$dir/token TPU_LOG_DIR=$dir/empty \
         RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL=minor RAY_gcs_rpc_server_reconnect_timeout_s=20 \
         "$venv/bin/python" -m ray.scripts.scripts start --address="$head" \
         --labels="mesh-slice=$name,mesh-worker=$worker,mesh-build=$build" \
