@@ -46,7 +46,7 @@ _SECONDS_TO_BLAME = 3.0
 # In which a file that one machine has written shows on the others; NFS may look once a minute.
 _SECONDS_TO_BE_SEEN = 60.0
 
-# libtpu's own choice. Whoever starts Ray names another folder, or Ray would show the driver all of it.
+# Where libtpu writes by itself. Ray is started with another folder, or it would show all of that.
 _LOGS = {"TPU_LOG_DIR": "/tmp/tpu_logs"}
 
 _logger = logging.getLogger(__name__)
