@@ -25,6 +25,9 @@ _logger = logging.getLogger(__name__)
 class Places(contextlib.AbstractContextManager[Any], Protocol):
     """Where hosts can be started, in a `with` block: `pod.machines.Pod`, `pod.slices.SlicePod`."""
 
+    n_devices: int | None
+    """That JAX will see, where that is known before hosts are there."""
+
     def nodes(self, seconds: int) -> Sequence[Node]:
         """Give a place for each host, in order, once the machines are there (again)."""
         ...
@@ -52,8 +55,8 @@ def train(
     loop.check_tasks(config)
     ledger = goodput.Ledger()
     data_for = functools.cache(functools.partial(loop.Data, config))
-    if config.mesh.tpu_size:
-        data_for(config.mesh.tpu_size)  # what is wrong with it shows before hosts are started
+    if n_devices := config.mesh.tpu_size or pod.n_devices:
+        data_for(n_devices)  # what is wrong with it shows before hosts are started
     to_clear, told = new, False
 
     def prepare(session: recovery.Running) -> None:

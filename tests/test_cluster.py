@@ -183,17 +183,14 @@ def test_a_model_dir_that_hosts_do_not_share_is_refused_before_they_join(
     assert not list((tmp_path / "a" / "run").iterdir()) and not (tmp_path / "b" / "run").exists()
 
 
-def test_hosts_that_share_a_model_dir_join_and_a_driver_that_does_not_is_warned(
-    pods: Callable[[int], Pod],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+def test_a_model_dir_that_the_driver_does_not_share_is_refused(
+    pods: Callable[[int], Pod], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cluster, "_SECONDS_TO_BE_SEEN", 1.0)
     in_folders(monkeypatch, tmp_path / "a", tmp_path / "b", tmp_path / "b")
-    with Cluster(parsed(tmp_path, model_dir="run"), pods(2).nodes(SECONDS)) as session:
-        assert session.latest() is None
-    assert "run here is another folder than on the hosts" in caplog.text
-    assert [path.name for path in (tmp_path / "b" / "run").iterdir()] == ["checkpoints"]
+    with pytest.raises(UserError, match="^model_dir run is another folder here than on "):
+        Cluster(parsed(tmp_path, model_dir="run"), pods(2).nodes(SECONDS))
+    assert not list((tmp_path / "b" / "run").iterdir())
 
 
 def test_a_model_dir_that_cannot_be_written_is_told_as_the_users_to_mend(

@@ -27,6 +27,8 @@ from mesh_transformer.training.loop import Finished  # noqa: E402
 class FakePod:
     """Machines that are always there."""
 
+    n_devices: int | None = None
+
     def __enter__(self) -> FakePod:
         return self
 

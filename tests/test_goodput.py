@@ -57,6 +57,19 @@ def test_steps_after_the_restored_one_are_lost() -> None:
     )
 
 
+def test_a_hang_is_no_training() -> None:
+    ledger, clock = run()
+    clock.now += 600
+    ledger.lost()
+    ledger.now(goodput.STARTING)
+    clock.now += 6
+    ledger.restored(3)
+    clock.now += 2
+    ledger.step(4)
+    assert ledger.goodput == pytest.approx(4 / 626)
+    assert "training lost again 600.0 s" in str(ledger)
+
+
 def test_recovery_is_told_once_it_trains_again(caplog: pytest.LogCaptureFixture) -> None:
     ledger, clock = run()
     with caplog.at_level(logging.INFO):

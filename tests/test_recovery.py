@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ class Attempts:
         self.ends = iter(ends)
         self.prepared: list[int | None] = []
         self.waits: list[float] = []
+        self.received: signal.Signals | None = None
         self.statuses: list[PodStatus] = []
 
     @contextlib.contextmanager
@@ -44,13 +46,14 @@ class Attempts:
 
         monkeypatch.setattr(loop, "train", trained)
         monkeypatch.setattr(loop, "announce", lambda *_: None)
-        anything: Any = None
+        signals = loop.StopSignals()
+        signals.received = self.received
         data_for: Callable[[int], Any] = lambda n_devices: None  # noqa: E731
         return recovery.train(
             self.start,
             parse(MINIMAL | keys),
             data_for,
-            anything,
+            signals,
             prepare=lambda session: self.prepared.append(session.latest()),
             ledger=goodput.Ledger(),
             sleep=self.waits.append,
@@ -92,3 +95,13 @@ def test_what_would_go_wrong_again_is_not_retried(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match="loss is nan"):
         attempts.train(monkeypatch)
     assert attempts.waits == []
+
+
+def test_a_signal_that_came_before_a_loss_ends_the_run_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    attempts = Attempts((5, LOST), (5, None))
+    attempts.received = signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        attempts.train(monkeypatch)
+    assert len(attempts.prepared) == 1 and not attempts.waits

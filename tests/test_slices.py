@@ -131,11 +131,13 @@ def test_a_host_that_does_not_come_is_named_and_its_slice_replaced_at_the_next_t
     assert cloud.methods("Create") == ["CreateNode"] * 3
 
 
-def test_a_slice_that_is_preempted_before_its_hosts_have_joined_is_replaced(
+def test_a_slice_that_is_preempted_before_its_hosts_have_joined_is_a_loss_and_then_replaced(
     cloud: Any, time: Time
 ) -> None:
     with pod(time, "a") as slices:
         time.at(15, lambda: cloud.preempt("a"))
+        with pytest.raises(SessionLost, match="^TPU a is PREEMPTED before all its hosts joined"):
+            slices.nodes(WAIT)
         time.at(50, joins(machine("a", 0), machine("a", 1)))
         assert len(slices.nodes(WAIT)) == 2
     assert cloud.methods("Create") == ["CreateNode"] * 2
@@ -175,6 +177,43 @@ def test_what_was_asked_for_is_named_when_it_cannot_be_listed(
     with pod(time, "a"):
         cloud.faults["ListNodes"] = [fake.Fault(StatusCode.PERMISSION_DENIED, "not yours")]
     assert "whether TPUs are left (this run's: a) is not known" in caplog.text
+
+
+def test_an_api_that_does_not_answer_while_hosts_join_is_a_loss_and_closes_the_door(
+    cloud: Any, time: Time
+) -> None:
+    silent = fake.Fault(StatusCode.UNAVAILABLE, "outage")
+    with pod(time, "a") as slices:
+        time.at(5, lambda: cloud.faults["GetNode"].extend([silent] * 99))
+        with pytest.raises(SessionLost, match="Cloud TPU has not answered get_node for 300 s"):
+            slices.nodes(9 * WAIT)
+        assert not slices._files._admitted
+        cloud.faults["GetNode"].clear()
+
+
+def test_a_slice_that_cannot_be_deleted_does_not_keep_the_others(
+    cloud: Any, time: Time, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("a", "b")
+    with caplog.at_level(logging.INFO), pod(time, *names, delete_on_exit=True) as slices:
+        time.at(30, joins(*(machine(name, i) for name in names for i in range(2))))
+        slices.nodes(WAIT)
+        cloud.faults["DeleteNode"] = [fake.Fault(StatusCode.PERMISSION_DENIED, "not yours")]
+    assert "TPU a is not deleted: Google Cloud refuses: not yours" in caplog.text
+    assert "TPU b is deleted" in caplog.messages
+    assert "TPU a (v3-16) is there still" in caplog.messages[-1]
+
+
+def test_a_host_without_a_tpu_is_refused_on_google_cloud(
+    cloud: Any, time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = [machine("a", i)._replace(resources={"CPU": 96}) for i in range(2)]
+    with pod(time, "a") as slices:
+        time.at(30, joins(*bare))
+        monkeypatch.setattr(slices, "_zone", "us-central1-a")
+        with pytest.raises(UserError, match="Ray finds no TPU on 127.0.0.1, 127.0.0.1; tpu_runt"):
+            slices.nodes(WAIT)
+        monkeypatch.setattr(slices, "_zone", "local")
 
 
 def test_slices_are_deleted_when_that_is_asked_for(

@@ -42,7 +42,9 @@ from mesh_transformer.session import (
 )
 
 # In which a host that died is noticed, after those that wait for it have failed.
-_SECONDS_TO_BLAME = 3.0
+_SECONDS_TO_BLAME = 8.0
+# Calls that write to storage, which may fail for a while; whatever that says, it is tried again.
+_MAY_PASS = ("save", "close")
 # In which a file that one machine has written shows on the others; NFS may look once a minute.
 _SECONDS_TO_BE_SEEN = 60.0
 
@@ -219,10 +221,10 @@ class Cluster:
                 "s3:// URL"
             )
         if alone:
-            _logger.warning(
-                "%s here is another folder than on the hosts: metrics.jsonl will be here, and "
-                "checkpoints there",
-                root,
+            raise UserError(
+                f"model_dir {root} is another folder here than on {self._names[0]}, where "
+                "checkpoints would go and may be lost with the machine; set it to a folder that "
+                "all machines share, or to a gs:// or s3:// URL"
             )
 
     def _all(self, method: str, *args: Any) -> list[Any]:
@@ -266,17 +268,24 @@ class Cluster:
         ready, _ = ray.wait(asked, num_returns=len(asked), timeout=_SECONDS_TO_BLAME)
         errors = [(names[asked.index(ref)], error) for ref in ready if (error := _error(ref))]
         lost = {
-            name: f"{name} was lost during {method}: {str(error).strip().splitlines()[0]}"
+            name: f"{name} was lost during {method}: {_told(error)}"
             for name, error in errors
             if not isinstance(error, ray.exceptions.RayTaskError)
         }
         for _, error in errors:
             cause = getattr(error, "cause", None)
-            if isinstance(cause, UserError) and not lost:
+            if isinstance(cause, UserError) and not lost and method not in _MAY_PASS:
                 return cause
         raised = [f"{method} failed on {name}:\n{error}" for name, error in errors]
         silence = f"noticed {time.monotonic() - self._answered:.1f} s after all hosts had answered"
         return SessionLost("\n".join([*(lost.values() or raised[:1]), silence]))
+
+
+def _told(error: ray.exceptions.RayError) -> str:
+    """Say why a host is gone: all there is if it never came up, since that is a traceback."""
+    text = str(error).strip()
+    never_up = isinstance(error, ray.exceptions.ActorDiedError) and error.actor_init_failed
+    return text if never_up else text.splitlines()[0]
 
 
 class _Step(Mapping[str, float]):

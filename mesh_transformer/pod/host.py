@@ -150,6 +150,7 @@ class Host:
             n_hosts,
             index,
             initialization_timeout=seconds,
+            coordinator_bind_address=coordinator if index == 0 else None,
             heartbeat_timeout_seconds=heartbeat_seconds,
         )
         from mesh_transformer.checkpoints.native import Checkpoints

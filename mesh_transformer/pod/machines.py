@@ -133,7 +133,8 @@ class RayCluster:
                     logging_level=logging.ERROR,
                 )
         except (ConnectionError, ray.exceptions.RayError) as error:
-            raise UserError(f"no Ray cluster answers at {self._address}: {error}") from error
+            what = f"answers at {self._address}" if self._address else "can be started here"
+            raise UserError(f"no Ray cluster {what}: {error}") from error
         signal.signal(signal.SIGTERM, _end)  # Ray's own handler exits with another status
         return self
 
@@ -182,6 +183,8 @@ class Pod:
         n_local: So many host processes on this machine, in a Ray cluster of its own.
         address: Or of a running Ray cluster, each machine of which takes one host.
     """
+
+    n_devices: int | None = None  # nobody knows before hosts are there
 
     def __init__(self, *, n_local: int | None = None, address: str | None = None) -> None:
         self._n_local = n_local

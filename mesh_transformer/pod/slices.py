@@ -18,19 +18,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Self
 
-from mesh_transformer import rules
+from mesh_transformer import rules, storage
 from mesh_transformer.config import Config
 from mesh_transformer.errors import UserError
 from mesh_transformer.pod.machines import Machine, Node, RayCluster
 from mesh_transformer.pod.startup import BUILD, FileServer, Startup, build_wheel
-from mesh_transformer.pod.tpu_api import NoCapacity, connect
+from mesh_transformer.pod.tpu_api import LOCAL, NoCapacity, connect
 from mesh_transformer.pod.tpu_vm import Slice, TpuVm, list_vms
 from mesh_transformer.session import SessionLost
 
 _SECONDS_BETWEEN_LOOKS = 10.0  # at the state of slices whose hosts are waited for
 _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 120.0  # seconds, before capacity is asked for again
-
-_EXTRAS = {"gs": "gcs", "s3": "s3"}  # of the library, by the scheme of URLs that need them
 
 _logger = logging.getLogger(__name__)
 
@@ -45,6 +43,9 @@ class SlicePod:
         spot: Whether they may be preempted.
         delete_on_exit: Whether to delete them at the end of the block, however it ends.
         also_read: Path or URL that the hosts read besides `model_dir`.
+
+    Attributes:
+        n_devices: That JAX will see on all of them, where the configuration tells.
 
     Raises:
         UserError: The slices and the run do not fit together.
@@ -65,10 +66,19 @@ class SlicePod:
         self._zone, self._config, self._delete = zone, config.pod, delete_on_exit
         self._clock, self._sleep = clock, sleep
         _check_names(names, config)
+        if also_read and zone != LOCAL and not storage.is_remote(also_read):
+            raise UserError(
+                f"--tune-model-path {also_read} is a folder of this machine, which TPU VMs do not "
+                "see; copy it to a bucket"
+            )
+        kind = config.pod.tpu_type
+        self.n_devices: int | None = None
+        if kind is not None:
+            self.n_devices = len(names) * rules.devices_of(kind)
         self._api = connect(zone, config.pod.tpu_project, clock=clock, sleep=sleep)
         self._vms = [TpuVm(name, zone, config.pod, spot=spot, api=self._api) for name in names]
         schemes = {path.partition("://")[0] for path in (config.checkpoint.root, also_read or "")}
-        self._extras = ("tpu", "pods", *(e for s, e in _EXTRAS.items() if s in schemes))
+        self._extras = ("tpu", "pods", *(e for s, e in storage.EXTRAS.items() if s in schemes))
         self._absent: set[str] = set()  # slices that are ready but whose hosts do not come
         self._left = contextlib.ExitStack()
 
@@ -86,7 +96,8 @@ class SlicePod:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             token = self._api.secret(secret) if secret else None
             self._ray = stack.enter_context(RayCluster(here=here, token=token))
-            served = "" if secret else self._ray.token
+            # Read in any case, which refuses an environment that has turned tokens off.
+            served = "" if self._ray.token == token else self._ray.token
             self._files = stack.enter_context(FileServer(build_wheel(folder), served, host=here))
             for vm in self._vms:
                 startup = self._startup(vm.name)
@@ -95,14 +106,11 @@ class SlicePod:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._left.close()
-        try:
+        with contextlib.ExitStack() as last:
+            last.callback(self._tell_what_there_is)
             if self._delete:
-                for vm in self._vms:
-                    vm.delete()
-                    _logger.info("TPU %s is deleted", vm.name)
-        finally:
-            self._tell_what_there_is()
+                last.callback(self._delete_all)
+            self._left.close()
 
     def nodes(self, seconds: int) -> Sequence[Node]:
         """Create or adopt the slices, wait until all of their hosts have joined, and give places.
@@ -115,16 +123,21 @@ class SlicePod:
                 another try, for which hosts that did not come are replaced.
             UserError: A slice cannot be had at all.
         """
-        while True:
-            try:
-                slices = [self._ensured(vm) for vm in self._vms]
-            except OSError as error:
-                raise SessionLost(f"TPU slices cannot be had now: {error}") from error
+        try:
+            slices = [self._ensured(vm) for vm in self._vms]
             self._files.admit(address for found in slices for address in found.addresses)
-            joined = self._joined(slices, seconds)
-            if joined is not None:
-                self._files.admit(())
-                return [machine.places(1)[0] for machine in joined]
+            nodes = [machine.places(1)[0] for machine in self._joined(slices, seconds)]
+        except OSError as error:
+            raise SessionLost(f"TPU slices cannot be had now: {error}") from error
+        finally:
+            self._files.admit(())  # whoever has these addresses later is somebody else
+        without = [node.address for node in nodes if not node.resources.get("TPU")]
+        if without and self._zone != LOCAL:
+            raise UserError(
+                f"Ray finds no TPU on {', '.join(without)}; tpu_runtime "
+                f"{self._config.tpu_runtime!r} may not suit tpu_type {self._config.tpu_type!r}"
+            )
+        return nodes
 
     def _startup(self, name: str) -> Startup:
         return Startup(
@@ -154,8 +167,8 @@ class SlicePod:
             self._sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _joined(self, slices: Sequence[Slice], seconds: int) -> list[Machine] | None:
-        """Wait until every host is there once; None if a slice is lost meanwhile.
+    def _joined(self, slices: Sequence[Slice], seconds: int) -> list[Machine]:
+        """Wait until every host is there once, and give them in order.
 
         A host that left is listed beside its successor for some seconds, until Ray knows.
         """
@@ -175,10 +188,23 @@ class SlicePod:
                 raise SessionLost(_not_joined(missing, seconds))
             if now - looked > _SECONDS_BETWEEN_LOOKS:
                 looked = now
-                states = [vm.state() for vm in self._vms]
-                if not all(found is not None and found.ready for found in states):
-                    return None
+                self._check_states()
             self._sleep(0.5)
+
+    def _check_states(self) -> None:
+        for vm in self._vms:
+            found = vm.state()
+            if found is None or not found.ready:
+                raise SessionLost(f"TPU {vm.name} is {found or 'gone'} before all its hosts joined")
+
+    def _delete_all(self) -> None:
+        """Delete the slices, each whatever becomes of the others; what fails is listed after."""
+        for vm in self._vms:
+            try:
+                vm.delete()
+                _logger.info("TPU %s is deleted", vm.name)
+            except (OSError, UserError) as error:
+                _logger.warning("TPU %s is not deleted: %s", vm.name, error)
 
     def _tell_what_there_is(self) -> None:
         """List the slices that cost money, those of other runs too."""

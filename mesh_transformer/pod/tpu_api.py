@@ -169,11 +169,16 @@ class TpuApi:
         import google.auth
         from google.auth.transport.requests import AuthorizedSession
 
-        credentials, _ = google.auth.default(scopes=[SCOPE])
         path = f"projects/{self.project}/secrets/{name}/versions/latest"
-        answer = AuthorizedSession(credentials).get(
-            f"{SECRETS}/{path}:access", timeout=CALL_SECONDS
-        )
+        try:
+            credentials, _ = google.auth.default(scopes=[SCOPE])
+            session = AuthorizedSession(credentials)
+            answer = session.get(f"{SECRETS}/{path}:access", timeout=CALL_SECONDS)
+        except google.auth.exceptions.GoogleAuthError as error:
+            raise UserError(
+                f"Google Cloud does not let in who asks for tpu_token_secret ({error}); log in: "
+                "gcloud auth application-default login"
+            ) from error
         if answer.status_code != 200:
             raise UserError(
                 f"tpu_token_secret {name!r} cannot be read (HTTP {answer.status_code}); make it "

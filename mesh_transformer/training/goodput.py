@@ -75,8 +75,14 @@ class Ledger:
             self._lost_at, self._steps_lost = None, 0
 
     def lost(self) -> None:
-        """Note that all hosts have to start again: until the next step it is recovered from."""
+        """Note that all hosts have to start again: until the next step it is recovered from.
+
+        Steps that were not done are lost, and so is the time in which nobody had noticed.
+        """
         self.restarts += 1
+        self.now(self._doing)
+        self._seconds[LOST] += self._seconds[STEPS] - self._in_steps
+        self._seconds[STEPS] = self._in_steps
         if self._lost_at is None:
             self._lost_at = self._clock()
 

@@ -89,7 +89,7 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop_watching()
+        self.stop_watching()
         if self._telling:
             self._telling.join()
 
@@ -99,13 +99,14 @@ class StopSignals:
             if number not in self._before and signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
 
-    def _stop_watching(self) -> None:
+    def stop_watching(self) -> None:
+        """Let signals act as ever, until `watch` is called again."""
         while self._before:
             signal.signal(*self._before.popitem())
 
     def _note(self, number: int, _: types.FrameType | None) -> None:
         self.received = signal.Signals(number)
-        self._stop_watching()
+        self.stop_watching()
         message = "%s: stopping once a checkpoint is saved; again stops at once"
         # By another thread: the signal may have come while this one was writing, which it may not
         # begin anew before it has ended.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import signal
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -92,6 +93,10 @@ def train(
                     pod=functools.partial(_status, session, ledger),
                 )
         except SessionLost as error:
+            signals.stop_watching()  # there is nothing to save: a signal now ends it at once
+            if signals.received:
+                _logger.warning("%s", error)
+                signal.raise_signal(signals.received)
             losses += 1
             wait = _wait_after(error, losses, config.pod.pod_retries)
             ledger.lost()
