@@ -176,7 +176,7 @@ STEPS = [
         " --tokenizer bytes --seq 256 --output-dir data"
         for side in ("val", "train")
     ),
-    "device_train.py --config configs/quickstart.json",
+    "train.py --hosts 2 --config configs/quickstart.json",
     "-m mesh_transformer.plot runs/quickstart --output runs/quickstart/loss.png",
 ]
 
@@ -185,7 +185,7 @@ def test_quickstart_goes_through_its_steps(checkout: Checkout) -> None:
     done = checkout.run("quickstart")
     assert done.status == 0, done.told
     calls = checkout.calls()
-    assert calls[:2] == ["venv", "pip ."]
+    assert calls[:2] == ["venv", "pip .[pods]"]
     assert calls[2:-1] == STEPS
     sampling = "device_sample.py --config configs/quickstart.json --prompt def __init__(self, "
     assert calls[-1].startswith(sampling)
@@ -200,8 +200,15 @@ def test_quickstart_prepares_data_once_and_starts_over_when_asked(checkout: Chec
     assert checkout.calls()[2:4] == [STEPS[3] + " --new", STEPS[4]]
 
 
+def test_quickstart_trains_in_one_process_without_ray_when_asked(checkout: Checkout) -> None:
+    assert checkout.run("quickstart", "--one-process", "--new").status == 0
+    calls = checkout.calls()
+    assert calls[1] == "pip ."
+    assert calls[-3] == "device_train.py --config configs/quickstart.json --new"
+
+
 def test_quickstart_stops_at_a_step_that_fails(checkout: Checkout) -> None:
-    (checkout.root / "device_train.py.real").write_text("raise SystemExit(7)")
+    (checkout.root / "train.py.real").write_text("raise SystemExit(7)")
     done = checkout.run("quickstart")
     assert done.status == 7 and "exit status 7" in done.told
     assert checkout.calls()[-1] == STEPS[2]
@@ -217,7 +224,7 @@ def test_quickstart_refuses_unknown_arguments(checkout: Checkout) -> None:
 def test_a_signal_reaches_training_once_and_quickstart_says_how_to_go_on(
     checkout: Checkout, number: signal.Signals, status: int
 ) -> None:
-    (checkout.root / "device_train.py.real").write_text(INTERRUPTIBLE)
+    (checkout.root / "train.py.real").write_text(INTERRUPTIBLE)
     with checkout.start("quickstart") as running:
         read_until("training", running)
         running.send_signal(number)
@@ -231,7 +238,7 @@ def test_a_signal_reaches_training_once_and_quickstart_says_how_to_go_on(
 SIGNALLED_AT = """
 set -T
 trap '
-    if [[ $* == *device_train.py* && $BASH_COMMAND == {command}* ]]; then
+    if [[ $* == *train.py* && $BASH_COMMAND == {command}* ]]; then
         trap - DEBUG
         kill -INT $$
     fi
@@ -244,7 +251,7 @@ def test_a_signal_as_a_step_begins_leaves_nothing_running(
     checkout: Checkout, command: str, tmp_path: pathlib.Path
 ) -> None:
     """Training would end when its input does, here after ./quickstart has ended."""
-    (checkout.root / "device_train.py.real").write_text("input()\nprint('left running')")
+    (checkout.root / "train.py.real").write_text("input()\nprint('left running')")
     hook = tmp_path / "hook"
     hook.write_text(SIGNALLED_AT.format(command=command))
     with checkout.start("quickstart", BASH_ENV=str(hook)) as running:
@@ -256,7 +263,7 @@ def test_a_signal_as_a_step_begins_leaves_nothing_running(
 
 
 def test_ctrl_c_at_a_terminal_reaches_training_once(checkout: Checkout) -> None:
-    (checkout.root / "device_train.py.real").write_text(INTERRUPTIBLE)
+    (checkout.root / "train.py.real").write_text(INTERRUPTIBLE)
     terminal = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
     with checkout.start_by([sys.executable, "-c", terminal], "quickstart") as running:
         read_until("training", running)

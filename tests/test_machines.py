@@ -56,6 +56,8 @@ def test_a_token_that_is_made_up_is_one_that_only_its_user_can_read(
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    folder = machines._private_folder.__wrapped__()
+    monkeypatch.setattr(machines, "_private_folder", lambda: folder)
     machines._keep_token(None)
     path = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
