@@ -1,6 +1,6 @@
 """train.py on TPU VMs as a user runs it, against a local server that speaks the Cloud TPU API.
 
-The VMs are local processes, in network namespaces of their own where this machine allows; they
+The VMs are local processes in network namespaces of their own, where this machine allows those; they
 run the real start-up script, install the driver's wheel, and join its Ray cluster with its token.
 """
 
@@ -32,8 +32,9 @@ TPU = ("--tpu", "test", "--tpu_region", "local", "--preemptible")
 
 @pytest.fixture(scope="module")
 def network() -> Iterator[fake_network.Network]:
-    made = fake_network.Network() if fake_network.Namespaces.refused() else None
-    made = made or fake_network.Namespaces()
+    if why := fake_network.Namespaces.refused():
+        pytest.skip(why)
+    made = fake_network.Namespaces()
     yield made
     made.close()
 
