@@ -1,7 +1,8 @@
 """train.py on TPU VMs as a user runs it, against a local server that speaks the Cloud TPU API.
 
-The VMs are local processes in network namespaces of their own, where this machine allows those; they
-run the real start-up script, install the driver's wheel, and join its Ray cluster with its token.
+The VMs are local processes in network namespaces of their own, where this machine allows those;
+they run the real start-up script, install the driver's wheel, and join its Ray cluster with its
+token.
 """
 
 from __future__ import annotations
