@@ -14,6 +14,10 @@ class UserError(ValueError):
     """The user can mend it; the message says how, and no traceback is needed to see it."""
 
 
+class InUse(UserError):
+    """Another process has what this one needs; the user can end it, or it may end by itself."""
+
+
 def run_command(main: Callable[[], int], *, when_interrupted: str = "") -> NoReturn:
     """Run a command and exit with its status.
 

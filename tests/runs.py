@@ -12,12 +12,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import PIPE
 from typing import IO, Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
-from processes import Ended
+from processes import Ended, ended, wait_until
 
 import create_finetune_tfrecords
 from mesh_transformer import config, metrics_file
@@ -93,19 +94,9 @@ class Run(NamedTuple):
         }
 
     def start(
-        self,
-        script: str,
-        *arguments: str,
-        folder: Path = ROOT,
-        output: IO[str] | int = subprocess.PIPE,
+        self, script: str, *arguments: str, folder: Path = ROOT, output: int | IO[str] = PIPE
     ) -> subprocess.Popen[str]:
-        """Start a script of the repository, or a copy of it in another folder.
-
-        Args:
-            output: A file that it writes to. Left out: a pipe of each kind.
-
-        A pipe that nobody reads is full after 64 KiB, and whoever writes to it waits.
-        """
+        """Start a script of the repository, or a copy of it in another folder."""
         return subprocess.Popen(
             [sys.executable, str(folder / script), *arguments],
             env=os.environ | self.variables,
@@ -113,6 +104,44 @@ class Run(NamedTuple):
             stdout=output,
             stderr=output,
         )
+
+    def drive(self, *flags: str, folder: Path = ROOT) -> subprocess.Popen[str]:
+        """Start `train.py`, on two hosts of this machine unless flags say otherwise.
+
+        What it says is added to a file: Ray may tell more than a pipe holds that nobody reads.
+        """
+        flags = ("--config", str(self.config), *(flags or ("--hosts", "2")))
+        with self._told.open("a") as output:
+            return self.start("train.py", *flags, folder=folder, output=output)
+
+    @property
+    def _told(self) -> Path:
+        return self.config.with_suffix(".told")
+
+    def told(self) -> str:
+        """What every `train.py` of this run has said."""
+        return self._told.read_text()
+
+    def ended(self, process: subprocess.Popen[str]) -> Ended:
+        """Wait for `train.py`; what it told is what every one of this run has said."""
+        status = ended(process).status
+        return Ended(status, "", self.told())
+
+    def reach(self, process: subprocess.Popen[str], step: int) -> None:
+        """Wait until a step is logged."""
+        assert wait_until(lambda: self.logged(step), process), self.told()
+
+    def logged(self, step: int) -> bool:
+        """Whether a step's metrics are in the log."""
+        path = self.root / metrics_file.NAME
+        return path.exists() and f'"step": {step},' in path.read_text()
+
+    def assert_ends_as(self, other: Run) -> None:
+        """Check that the last weights, moments and every logged number are those of another run."""
+        assert self.log() == other.log()
+        step = self.keys()["total_steps"]
+        for mine, theirs in zip(self.arrays(step), other.arrays(step), strict=True):
+            assert mine.tobytes() == theirs.tobytes()
 
     def log(self) -> list[dict[str, Any]]:
         """What is logged, but for times."""

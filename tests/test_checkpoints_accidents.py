@@ -21,6 +21,7 @@ from saved_states import assert_same, like, mesh, saved, state_on
 
 from mesh_transformer.checkpoints import layout, native
 from mesh_transformer.checkpoints.native import CheckpointError, Checkpoints, locate
+from mesh_transformer.errors import InUse
 
 # Copies and damage
 
@@ -209,7 +210,7 @@ def test_a_second_process_is_refused_and_nothing_of_the_first_is_touched(tmp_pat
         under_way.mkdir()
         told = f"another process trains in {tmp_path}: end it, or set another model_dir"
         for _ in range(2):
-            with pytest.raises(CheckpointError, match=re.escape(told)):
+            with pytest.raises(InUse, match=re.escape(told)):
                 Checkpoints(str(tmp_path))
         assert under_way.exists()
         newest = locate(str(tmp_path))
@@ -225,7 +226,7 @@ def test_a_process_that_dies_locks_nobody_out_though_what_it_started_lives_on(tm
         assert process.stdout is not None
         child = int(process.stdout.readline())
         try:
-            with pytest.raises(CheckpointError, match="another process trains in"):
+            with pytest.raises(InUse, match="another process trains in"):
                 Checkpoints(str(tmp_path / "run"))
             process.kill()
             process.wait()

@@ -39,6 +39,17 @@ def test_a_machine_s_accelerators_are_shared_alike() -> None:
         machine({}, GPU=3).places(2)
 
 
+def test_a_head_without_accelerators_takes_no_host_beside_machines_that_have_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    head, worker = machine({}, CPU=8), machine({}, CPU=8, GPU=2)._replace(id="worker")
+    pod = machines.Pod(address="10.0.0.1:6379")
+    monkeypatch.setattr(pod._cluster, "machines", lambda: [head, worker])
+    assert [found.id for found in pod._machines()] == ["worker"]
+    monkeypatch.setattr(pod._cluster, "machines", lambda: [head, head])
+    assert pod._machines() == [head, head]
+
+
 def test_hosts_of_several_slices_are_told_where_the_first_one_is() -> None:
     names = [machine({"mesh-slice": name}, TPU=4).places(1)[0] for name in ("a", "a", "b", "b")]
     assert cluster._between_slices(names, 3) == {

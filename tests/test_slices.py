@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,22 @@ def test_slices_are_deleted_when_that_is_asked_for(
         "TPU a is deleted",
         "no TPU that was created by this library is left in local",
     ]
+
+
+def test_a_slice_whose_driver_is_running_is_left_to_it(
+    cloud: Any, time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        monkeypatch.setattr(FakeRay, "address", address)
+        with pod(time, "a") as slices:
+            time.at(30, joins(machine("a", 0), machine("a", 1)))
+            slices.nodes(WAIT)
+        with pytest.raises(UserError, match=f"--tpu a belongs to a driver .* {address}: end"):
+            pod(time, "a").__enter__()
+        time.at(time.now + 5, other.close)
+        with pod(time, "a"):
+            assert cloud.methods("Create") == ["CreateNode"]
 
 
 def test_a_secret_takes_the_place_of_the_token_that_the_driver_hands_out(

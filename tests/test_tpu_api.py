@@ -218,6 +218,14 @@ def test_a_slice_that_cannot_be_is_refused_before_anybody_is_asked() -> None:
     )
 
 
+def test_credentials_that_have_expired_are_told_at_once(cloud: Any, time: Time) -> None:
+    why = "Getting metadata from plugin failed with error: ('invalid_grant: Token has expired')"
+    cloud.faults["GetNode"] = [fake.Fault(StatusCode.UNAVAILABLE, why)]
+    with pytest.raises(UserError, match=r"(?s)Google Cloud refuses.*log in again: gcloud auth"):
+        make_vm(time).ensure()
+    assert not time.sleeps
+
+
 class FakeGoogle:
     """Answers every request alike, and notes it."""
 

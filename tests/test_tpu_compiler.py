@@ -6,9 +6,11 @@ Each program is compiled once, in half a minute or one; sizes of the model make 
 from __future__ import annotations
 
 import collections
+import functools
 import math
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -57,47 +59,46 @@ def steps_on(topology: str, dp: int, mp: int, **keys: Any) -> Steps:
     return make_steps(parsed(**keys), make_mesh(dp, mp, devices(topology)))
 
 
-def trained(topology: str, dp: int, mp: int, *, accumulation: int, zero_stage: int) -> Trained:
-    steps = steps_on(topology, dp, mp, zero_stage=zero_stage)
-    tokens_ABT1 = jax.ShapeDtypeStruct((accumulation, dp, T + 1), jnp.int32)
-    compiled = steps.train.lower(steps.state, tokens_ABT1, None).compile()
-    return Trained(steps, Program(compiled, dp, mp))
+class Slice(NamedTuple):
+    """What a step is compiled for: devices, their mesh, and how the state lies on it."""
+
+    topology: str
+    dp: int
+    mp: int
+    accumulation: int
+    zero_stage: int
+
+
+SLICES = {
+    # As the file in `configs/` says: 8 cores split each layer, 16 microbatches of 1 sequence.
+    "v3_8": Slice("v3:2x2", 1, 8, accumulation=16, zero_stage=0),
+    # Four such replicas, the state spread over them.
+    "v3_32": Slice("v3:4x4", 4, 8, accumulation=16, zero_stage=2),
+    # As the original was trained, by `configs/6B_roto_256.json`: 32 replicas.
+    "v3_256": Slice("v3:16x8", 32, 8, accumulation=16, zero_stage=1),
+    "v5e_64": Slice("v5e:8x8", 8, 8, accumulation=16, zero_stage=1),
+    # Eight chips split each layer; one sequence.
+    "v5e_tensor": Slice("v5e:2x4", 1, 8, accumulation=1, zero_stage=0),
+    # Eight chips with a sequence each, weights gathered layer by layer.
+    "v5e_spread": Slice("v5e:2x4", 8, 1, accumulation=1, zero_stage=3),
+}
+
+Trainer = Callable[[str], Trained]
 
 
 @pytest.fixture(scope="module")
-def v3_8() -> Trained:
-    """As the file in `configs/` says: 8 cores split each layer, 16 microbatches of 1 sequence."""
-    return trained("v3:2x2", 1, 8, accumulation=16, zero_stage=0)
+def trained() -> Trainer:
+    """Compiles the train step for one of the slices, once."""
 
+    @functools.cache
+    def compiled(name: str) -> Trained:
+        topology, dp, mp, accumulation, zero_stage = SLICES[name]
+        steps = steps_on(topology, dp, mp, zero_stage=zero_stage)
+        tokens_ABT1 = jax.ShapeDtypeStruct((accumulation, dp, T + 1), jnp.int32)
+        program = steps.train.lower(steps.state, tokens_ABT1, None).compile()
+        return Trained(steps, Program(program, dp, mp))
 
-@pytest.fixture(scope="module")
-def v3_32() -> Trained:
-    """Four such replicas, the state spread over them."""
-    return trained("v3:4x4", 4, 8, accumulation=16, zero_stage=2)
-
-
-@pytest.fixture(scope="module")
-def v3_256() -> Trained:
-    """As the original was trained, by `configs/6B_roto_256.json`: 32 replicas."""
-    return trained("v3:16x8", 32, 8, accumulation=16, zero_stage=1)
-
-
-@pytest.fixture(scope="module")
-def v5e_64() -> Trained:
-    """Eight replicas of eight chips."""
-    return trained("v5e:8x8", 8, 8, accumulation=16, zero_stage=1)
-
-
-@pytest.fixture(scope="module")
-def v5e_tensor() -> Trained:
-    """Eight chips split each layer; one sequence."""
-    return trained("v5e:2x4", 1, 8, accumulation=1, zero_stage=0)
-
-
-@pytest.fixture(scope="module")
-def v5e_spread() -> Trained:
-    """Eight chips with a sequence each, weights gathered layer by layer."""
-    return trained("v5e:2x4", 8, 1, accumulation=1, zero_stage=3)
+    return compiled
 
 
 def gib(program: Program) -> float:
@@ -107,38 +108,38 @@ def gib(program: Program) -> float:
     return (memory.argument_size_in_bytes + memory.temp_size_in_bytes + returned) / GIB
 
 
-def test_a_v3_8_trains_it_in_less_than_14_of_its_16_gib_per_core(v3_8: Trained) -> None:
-    assert gib(v3_8.program) < 14.0
+def test_a_v3_8_trains_it_in_less_than_14_of_its_16_gib_per_core(trained: Trainer) -> None:
+    assert gib(trained("v3_8").program) < 14.0
 
 
 @pytest.mark.parametrize("name", ["v3_8", *REPLICATED])
 @pytest.mark.parametrize("way", ["forward", "backward"])
 def test_a_block_exchanges_one_bfloat16_tensor_in_each_direction(
-    request: pytest.FixtureRequest, name: str, way: str
+    trained: Trainer, name: str, way: str
 ) -> None:
-    _, program = request.getfixturevalue(name)
+    _, program = trained(name)
     inside = [e for e in program.exchanges if e.loops == ("rounds", f"layers {way}")]
     assert [(e.kind, e.axis, *map(str, e.arrays)) for e in inside] == [("all-reduce", "mp", BTD)]
 
 
 def test_between_blocks_cores_exchange_embeddings_and_three_numbers_per_token(
-    v3_8: Trained,
+    trained: Trainer,
 ) -> None:
-    found = v3_8.program.exchanged("mp")
+    found = trained("v3_8").program.exchanged("mp")
     assert 3 <= found.pop(f"rounds: all-reduce {BT}") <= 5
     blocks = {f"layers {way}: all-reduce {BTD}": 1 for way in ("forward", "backward")}
     assert found == {f"rounds: all-reduce {BTD}": 2} | blocks
 
 
-def test_no_core_holds_the_logits_of_the_whole_vocabulary(v3_8: Trained) -> None:
-    assert not [str(array) for array in v3_8.program.arrays if {T, V} <= set(array.dims)]
+def test_no_core_holds_the_logits_of_the_whole_vocabulary(trained: Trainer) -> None:
+    assert not [str(array) for array in trained("v3_8").program.arrays if {T, V} <= set(array.dims)]
 
 
 @pytest.mark.parametrize("name", ["v3_8", *REPLICATED, "v5e_tensor", "v5e_spread"])
 def test_a_step_writes_its_state_in_place_and_passes_over_the_layers_once_each_way(
-    request: pytest.FixtureRequest, name: str
+    trained: Trainer, name: str
 ) -> None:
-    steps, program = request.getfixturevalue(name)
+    steps, program = trained(name)
     # All of the state, with what pads its tiles; of what comes out, only metrics lie elsewhere.
     assert program.memory.alias_size_in_bytes >= state_bytes(steps.state)
     assert program.memory.output_size_in_bytes - program.memory.alias_size_in_bytes < 2**16
@@ -146,22 +147,22 @@ def test_a_step_writes_its_state_in_place_and_passes_over_the_layers_once_each_w
     assert program.loops == {"layers forward": 1, "layers backward": 1} | rounds
 
 
-def test_one_replica_exchanges_nothing_with_itself(v3_8: Trained) -> None:
-    assert [v3_8.program.exchanged(axis) for axis in ("dp", "dp mp", "")] == [{}, {}, {}]
+def test_one_replica_exchanges_nothing_with_itself(trained: Trainer) -> None:
+    assert [trained("v3_8").program.exchanged(axis) for axis in ("dp", "dp mp", "")] == [{}, {}, {}]
 
 
 @pytest.mark.parametrize("name", REPLICATED)
 def test_replicas_share_the_optimizer_state_and_leave_half_of_each_core_free(
-    request: pytest.FixtureRequest, name: str
+    trained: Trainer, name: str
 ) -> None:
-    assert gib(request.getfixturevalue(name).program) < REPLICATED[name]
+    assert gib(trained(name).program) < REPLICATED[name]
 
 
 @pytest.mark.parametrize("name", REPLICATED)
 def test_replicas_exchange_gradients_and_copies_once_outside_all_loops(
-    request: pytest.FixtureRequest, name: str
+    trained: Trainer, name: str
 ) -> None:
-    _, program = request.getfixturevalue(name)
+    _, program = trained(name)
     over_dp = [e for e in program.exchanges if "dp" in e.axis]
     assert {e.loops for e in over_dp} == {()}
 
@@ -183,11 +184,11 @@ def test_replicas_exchange_gradients_and_copies_once_outside_all_loops(
     assert sizes("gather") == expected("bf16", least_rank=2)
 
 
-def test_spread_weights_are_gathered_where_they_are_used(v5e_spread: Trained) -> None:
+def test_spread_weights_are_gathered_where_they_are_used(trained: Trainer) -> None:
     # One exchange may stand in several fusions, each doing a part of it beside other work.
     found = {
         (*e.loops, e.kind, array.dtype, e.source.split("/")[-2])
-        for e in v5e_spread.program.exchanges
+        for e in trained("v5e_spread").program.exchanges
         for array in e.arrays
         if array.size > 1 and e.kind != "all-reduce"
     }
@@ -200,8 +201,8 @@ def test_spread_weights_are_gathered_where_they_are_used(v5e_spread: Trained) ->
     )
 
 
-def test_splash_attention_holds_no_logits_of_a_whole_sequence(v5e_spread: Trained) -> None:
-    program = v5e_spread.program
+def test_splash_attention_holds_no_logits_of_a_whole_sequence(trained: Trainer) -> None:
+    program = trained("v5e_spread").program
     assert any("splash" in operation.instruction.source for operation in program.operations)
     assert not [str(array) for array in program.arrays if array.dims.count(T) > 1]
 
@@ -225,14 +226,14 @@ def test_decoding_on_a_v3_8_exchanges_one_tensor_per_block_and_copies_no_cache()
     assert decode.memory.temp_size_in_bytes < cache_bytes / 10
 
 
-def test_tensor_parallel_on_v5e_needs_less_than_maxtext(v5e_tensor: Trained) -> None:
+def test_tensor_parallel_on_v5e_needs_less_than_maxtext(trained: Trainer) -> None:
     """MaxText 0.2.5 (flash attention, full remat, AdamW) compiles the same sizes to 12.55 GiB."""
-    assert gib(v5e_tensor.program) < 12.55
+    assert gib(trained("v5e_tensor").program) < 12.55
 
 
-def test_spread_weights_on_v5e_need_less_than_maxtext(v5e_spread: Trained) -> None:
+def test_spread_weights_on_v5e_need_less_than_maxtext(trained: Trainer) -> None:
     """MaxText 0.2.5 (fsdp 8, eight sequences) compiles the same sizes to 13.71 GiB."""
-    assert gib(v5e_spread.program) < 13.71
+    assert gib(trained("v5e_spread").program) < 13.71
 
 
 @pytest.mark.parametrize(("topology", "expected"), [("v3:2x2", "xla"), ("v5e:2x4", "splash")])

@@ -21,7 +21,6 @@ import pytest
 import runs
 from tpu_slices import fake
 
-from mesh_transformer import metrics_file
 from mesh_transformer.pod import tpu_api
 
 pytest.importorskip("ray", reason="needs Ray; run EXTRAS=test,pods ./test")
@@ -68,7 +67,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
         "val_batches": 1,
     }
     run = runs.make(tmp_path_factory.mktemp("tpu"), **model | size | times)
-    done = processes.ended(run.start("train.py", "--config", str(run.config), "--hosts", "2"))
+    done = run.ended(run.drive())
     assert done.status == 0, done.told
     return run
 
@@ -78,35 +77,18 @@ def start(run: runs.Run, folder: Path, *flags: str) -> Any:
     copy = folder / "driver"
     copy.mkdir(exist_ok=True)
     shutil.copy(runs.ROOT / "train.py", copy)
-    with told(run).open("w") as file:
-        arguments = ("--config", str(run.config), *TPU, *flags)
-        return run.start("train.py", *arguments, folder=copy, output=file)
+    return run.drive(*TPU, *flags, folder=copy)
 
 
-def told(run: runs.Run) -> Path:
-    """The file of what the last train.py of a run has said: nobody reads a pipe while it runs."""
-    return run.config.with_suffix(".told")
-
-
-def ended(run: runs.Run, process: Any) -> processes.Ended:
-    """Wait for train.py; say how it ended."""
-    done = processes.ended(process, limit=150)
-    return done._replace(told=told(run).read_text())
-
-
-def reach(run: runs.Run, process: Any, step: int) -> None:
-    """Wait until a step is logged."""
-    path = run.root / metrics_file.NAME
-    there = processes.wait_until(
-        lambda: path.exists() and f'"step": {step},' in path.read_text(), process
-    )
-    assert there, told(run).read_text()
-
-
-def assert_same(run: runs.Run, other: runs.Run) -> None:
-    assert run.log() == other.log()
-    for mine, theirs in zip(run.arrays(STEPS), other.arrays(STEPS), strict=True):
-        assert mine.tobytes() == theirs.tobytes()
+def assert_token_is_kept(host: Any, script: str, told: str) -> None:
+    """Check that only a file of the host's own has the token."""
+    path = host.home / ".mesh-transformer" / "token"
+    token = path.read_text()
+    assert len(token) == 64 and path.stat().st_mode & 0o777 == 0o600
+    assert not [text for text in (host.log, script, told) if token in text]
+    for pid in fake_tpu_vms.session(host.process.pid):
+        for name in ("cmdline", "environ"):
+            assert token.encode() not in Path(f"/proc/{pid}/{name}").read_bytes()
 
 
 def test_a_run_whose_slice_is_preempted_and_whose_driver_is_killed_ends_with_the_same_bits(
@@ -114,22 +96,24 @@ def test_a_run_whose_slice_is_preempted_and_whose_driver_is_killed_ends_with_the
 ) -> None:
     run = undisturbed.but("disturbed", tmp_path)
     process = start(run, tmp_path)
-    reach(run, process, 3)
+    run.reach(process, 3)
+    for host in cloud.vms["test"]:
+        assert_token_is_kept(host, cloud.nodes["test"].metadata["startup-script"], run.told())
     cloud.preempt("test")
-    reach(run, process, 7)
+    run.reach(process, 7)
     process.kill()
     process.wait()
-    said = told(run).read_text()
+    said = run.told()
     assert "TPU test: PREEMPTED" in said and "training again" in said, said
     assert cloud.methods("Create") == ["CreateNode"] * 2
     assert all(node.scheduling_config.spot for node in cloud.nodes.values())
 
-    done = ended(run, start(run, tmp_path, "--delete-tpu-on-exit"))
+    done = run.ended(start(run, tmp_path, "--delete-tpu-on-exit"))
     assert done.status == 0, done.told
     assert cloud.methods("Create") == ["CreateNode"] * 2, "it got its slice back"
     assert "TPU test is deleted" in done.told and "no TPU" in done.told
     assert not cloud.nodes
-    assert_same(run, undisturbed)
+    run.assert_ends_as(undisturbed)
 
 
 def test_a_signal_while_the_slice_is_waited_for_lists_what_was_asked_for(
@@ -140,7 +124,7 @@ def test_a_signal_while_the_slice_is_waited_for_lists_what_was_asked_for(
     process = start(run, tmp_path)
     assert processes.wait_until(lambda: len(cloud.methods("GetNode")) > 3, process)
     process.send_signal(signal.SIGTERM)
-    done = ended(run, process)
+    done = run.ended(process)
     assert done.status == 128 + signal.SIGTERM, done.told
     assert "TPU test (v4-16) is there still: CREATING" in done.told
 
@@ -156,7 +140,7 @@ def test_nothing_is_created_for_a_configuration_that_is_wrong(
     cloud: Any, undisturbed: runs.Run, tmp_path: Path, keys: dict[str, Any], told: str
 ) -> None:
     run = undisturbed.but("wrong", tmp_path, **keys)
-    done = ended(run, start(run, tmp_path))
+    done = run.ended(start(run, tmp_path))
     assert done.status == 1
     assert told in done.told
     assert not cloud.methods("Create")

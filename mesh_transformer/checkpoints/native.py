@@ -30,6 +30,7 @@ from mesh_transformer.checkpoints import layout, reading, retention
 from mesh_transformer.checkpoints.fingerprint import fingerprints
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.reading import locate, read_extra, restore, restore_params
+from mesh_transformer.errors import InUse
 
 __all__ = [
     "CheckpointError",
@@ -262,7 +263,7 @@ def _alone(root: str, folder: epath.Path) -> Iterator[None]:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise CheckpointError(
+            raise InUse(
                 f"another process trains in {root}: end it, or set another model_dir"
             ) from error
         yield

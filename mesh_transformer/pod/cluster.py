@@ -28,7 +28,7 @@ from ray.util.tpu import get_tpu_coordinator_env_vars
 
 from mesh_transformer import __version__, storage
 from mesh_transformer.config import Config
-from mesh_transformer.errors import UserError
+from mesh_transformer.errors import InUse, UserError
 from mesh_transformer.pod.host import Devices, Host, HostInfo, appears
 from mesh_transformer.pod.machines import Node
 from mesh_transformer.session import (
@@ -261,7 +261,8 @@ class Cluster:
 
         A host that is gone makes those that wait for it fail too, perhaps before anyone notices,
         and it may have answered this call. So all are asked whether they live: if one does not,
-        what the others raise is no fault of the user's, whatever it says.
+        what the others raise is no fault of the user's, whatever it says. Nor is it while a host
+        of the attempt before, which is about to end, holds the devices or the folder.
         """
         asked = [*refs, *(host.info.remote() for host in self._hosts)]
         names = [*self._names[: len(refs)], *self._names]
@@ -272,10 +273,11 @@ class Cluster:
             for name, error in errors
             if not isinstance(error, ray.exceptions.RayTaskError)
         }
-        for _, error in errors:
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, UserError) and not lost and method not in _MAY_PASS:
-                return cause
+        causes = [getattr(error, "cause", None) for _, error in errors]
+        if not lost and method not in _MAY_PASS and not any(isinstance(c, InUse) for c in causes):
+            for cause in causes:
+                if isinstance(cause, UserError):
+                    return cause
         raised = [f"{method} failed on {name}:\n{error}" for name, error in errors]
         silence = f"noticed {time.monotonic() - self._answered:.1f} s after all hosts had answered"
         return SessionLost("\n".join([*(lost.values() or raised[:1]), silence]))

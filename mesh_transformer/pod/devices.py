@@ -10,7 +10,7 @@ import jax
 
 from mesh_transformer import rules
 from mesh_transformer.config import Config
-from mesh_transformer.errors import UserError
+from mesh_transformer.errors import InUse, UserError
 
 _MOST_CPU_DEVICES = 64  # each takes threads; who asks for more has a pod's configuration by mistake
 
@@ -64,7 +64,7 @@ def _devices() -> list[jax.Device]:
     try:
         return jax.devices()
     except RuntimeError as error:
-        raise UserError(
+        raise InUse(
             f"JAX finds no devices: {error}. If another program holds them, end it; to compute on "
             "the CPU, set JAX_PLATFORMS=cpu in the environment"
         ) from error

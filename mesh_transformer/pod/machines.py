@@ -75,23 +75,25 @@ class Machine(NamedTuple):
         """Its number in the slice."""
         return int(self.labels.get("mesh-worker") or self.labels.get("ray.io/tpu-worker-id") or "0")
 
+    @property
+    def accelerators(self) -> dict[str, float]:
+        """How many it has, by kind: TPU, GPU."""
+        return {kind: n for kind in ("TPU", "GPU") if (n := self.resources.get(kind, 0))}
+
     def places(self, n_hosts: int) -> list[Node]:
         """Divide its accelerators among host processes.
 
         Raises:
             UserError: They cannot be shared alike.
         """
-        resources = {}
-        for kind in ("TPU", "GPU"):
-            n = self.resources.get(kind, 0)
+        for kind, n in self.accelerators.items():
             if n % n_hosts:
                 raise UserError(
                     f"{self.address} has {n:.0f} {kind}s, which {n_hosts} hosts cannot share "
                     "alike: ask for another number of hosts"
                 )
-            if n:
-                resources[kind] = n / n_hosts
-        return [Node(self.id, self.address, resources, self.slice_name)] * n_hosts
+        shares = {kind: n / n_hosts for kind, n in self.accelerators.items()}
+        return [Node(self.id, self.address, shares, self.slice_name)] * n_hosts
 
 
 class RayCluster:
@@ -198,11 +200,16 @@ class Pod:
             UserError: There is no such cluster.
         """
         self._cluster.__enter__()
-        self._n_machines = len(self._cluster.machines())
+        self._n_machines = len(self._machines())
         return self
 
     def __exit__(self, *_: object) -> None:
         self._cluster.__exit__()
+
+    def _machines(self) -> list[Machine]:
+        """List the machines that take hosts: not a head without accelerators beside others."""
+        found = self._cluster.machines()
+        return [machine for machine in found if machine.accelerators] or found
 
     def nodes(self, seconds: int) -> Sequence[Node]:
         """Give the places for hosts, in the order of hosts, once all machines are there (again).
@@ -220,7 +227,7 @@ class Pod:
                 machine = machine._replace(resources={})
             return machine.places(self._n_local)
         end, told = time.monotonic() + seconds, 0
-        while len(machines := self._cluster.machines()) < self._n_machines:
+        while len(machines := self._machines()) < self._n_machines:
             if time.monotonic() > end:
                 raise SessionLost(
                     f"{len(machines)} of {self._n_machines} machines are there after "

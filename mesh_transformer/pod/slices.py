@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from mesh_transformer.pod.tpu_vm import Slice, TpuVm, list_vms
 from mesh_transformer.session import SessionLost
 
 _SECONDS_BETWEEN_LOOKS = 10.0  # at the state of slices whose hosts are waited for
+_SECONDS_OF_PREDECESSOR = 30.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 120.0  # seconds, before capacity is asked for again
 
 _logger = logging.getLogger(__name__)
@@ -90,6 +92,7 @@ class SlicePod:
         """
         for vm in self._vms:
             vm.check()
+            self._await_predecessor(vm)
         secret = self._config.tpu_token_secret
         here = self._config.tpu_driver_address or self._api.own_address()
         with contextlib.ExitStack() as stack:
@@ -138,6 +141,23 @@ class SlicePod:
                 f"{self._config.tpu_runtime!r} may not suit tpu_type {self._config.tpu_type!r}"
             )
         return nodes
+
+    def _await_predecessor(self, vm: TpuVm) -> None:
+        """Let the driver that had a slice before be gone; its Ray may take a while to end.
+
+        Raises:
+            UserError: It is not: two would take the hosts from each other.
+        """
+        found = vm.state()
+        head = Startup.head_in(found.script) if found else ""
+        end = self._clock() + _SECONDS_OF_PREDECESSOR
+        while _answers(head):
+            if self._clock() > end:
+                raise UserError(
+                    f"--tpu {vm.name} belongs to a driver that is running, whose Ray answers at "
+                    f"{head}: end that one, or choose another name"
+                )
+            self._sleep(1.0)
 
     def _startup(self, name: str) -> Startup:
         return Startup(
@@ -244,6 +264,18 @@ def _check_names(names: Sequence[str], config: Config) -> None:
             f"devices in all: name {wanted / rules.devices_of(kind):g} slice(s), or change "
             "tpu_type or tpu_size"
         )
+
+
+def _answers(address: str) -> bool:
+    """Whether anything listens at host:port."""
+    host, _, port = address.rpartition(":")
+    if not host:
+        return False
+    try:
+        socket.create_connection((host, int(port)), timeout=2.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def _not_joined(missing: Sequence[tuple[str, int]], seconds: int) -> str:

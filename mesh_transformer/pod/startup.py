@@ -219,6 +219,12 @@ class Startup:
         return "\n".join(lines) + body.read_text(encoding="utf-8")
 
     @staticmethod
+    def head_in(script: str) -> str:
+        """The address of Ray's head that a script names, or "" if it is none of ours."""
+        named = re.search(r"^head=(.*)$", script, re.MULTILINE)
+        return shlex.split(named[1])[0] if named else ""
+
+    @staticmethod
     def _python() -> tuple[str, str]:
         return str(sys.version_info.major), str(sys.version_info.minor)
 

@@ -307,6 +307,8 @@ class TpuApi:
                 answer = call(request=request, timeout=CALL_SECONDS, retry=None)
                 return list(answer) if hasattr(answer, "pages") else answer
             except passing as error:
+                if "invalid_grant" in error.message or "Reauthentication" in error.message:
+                    raise self._meaning(e.Unauthenticated(error.message)) from error  # for good
                 if self.clock() - began > OUTAGE_SECONDS:
                     raise ConnectionError(
                         f"Cloud TPU has not answered {method} for {OUTAGE_SECONDS:.0f} s: "
