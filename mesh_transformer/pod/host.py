@@ -145,14 +145,15 @@ class Host:
         if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             cache = str(pathlib.Path(_COMPILED).expanduser())
             jax.config.update("jax_compilation_cache_dir", cache)
-        jax.distributed.initialize(
-            coordinator,
-            n_hosts,
-            index,
-            initialization_timeout=seconds,
-            coordinator_bind_address=coordinator if index == 0 else None,
-            heartbeat_timeout_seconds=heartbeat_seconds,
-        )
+        if n_hosts > 1:  # one alone reduces over its devices in memory, which is faster
+            jax.distributed.initialize(
+                coordinator,
+                n_hosts,
+                index,
+                initialization_timeout=seconds,
+                coordinator_bind_address=coordinator if index == 0 else None,
+                heartbeat_timeout_seconds=heartbeat_seconds,
+            )
         from mesh_transformer.checkpoints.native import Checkpoints
         from mesh_transformer.pod.devices import host_devices
         from mesh_transformer.pod.worker import Worker
@@ -216,7 +217,8 @@ class Host:
         import jax
 
         self._checkpoints.close()
-        jax.distributed.shutdown()
+        if jax.distributed.is_initialized():
+            jax.distributed.shutdown()
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

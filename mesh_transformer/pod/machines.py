@@ -25,12 +25,18 @@ from mesh_transformer.session import SessionLost
 LOOPBACK = "127.0.0.1"
 _TOKEN, _TOKEN_PATH, _MODE = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"
 
-# A machine that does not answer for about five seconds is lost; by Ray's own settings, fifteen.
-_HEALTH = {
+# A machine that does not answer for about five seconds is lost; by Ray's own settings, fifteen. And
+# Ray is to take little of the cores that compute: by itself it reports resources ten times a second,
+# and puts hosts (its workers) behind every other process.
+_SETTINGS = {
     "health_check_initial_delay_ms": 2000,
     "health_check_period_ms": 1000,
     "health_check_timeout_ms": 2000,
     "health_check_failure_threshold": 4,
+    "worker_niceness": 0,
+    "raylet_report_resources_period_milliseconds": 1000,
+    "enable_metrics_collection": False,
+    "event_stats": False,
 }
 
 _logger = logging.getLogger(__name__)
@@ -130,7 +136,8 @@ class RayCluster:
                 ray.init(
                     address="local",
                     _node_ip_address=self._here,
-                    _system_config=_HEALTH,
+                    _system_config=_SETTINGS,
+                    num_cpus=0,  # no workers are kept for tasks, of which there are none
                     include_dashboard=False,
                     logging_level=logging.ERROR,
                 )
