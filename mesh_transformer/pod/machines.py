@@ -26,8 +26,8 @@ LOOPBACK = "127.0.0.1"
 _TOKEN, _TOKEN_PATH, _MODE = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"
 
 # A machine that does not answer for about five seconds is lost; by Ray's own settings, fifteen. And
-# Ray is to take little of the cores that compute: by itself it reports resources ten times a second,
-# and puts hosts (its workers) behind every other process.
+# Ray is to take little of the cores that compute: by itself it reports resources ten times a
+# second, and puts hosts (its workers) behind every other process.
 _SETTINGS = {
     "health_check_initial_delay_ms": 2000,
     "health_check_period_ms": 1000,
