@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kill processes of train.py at random while it trains; the run must end as one that lost nothing.
 
-    PYTHONPATH=.:tests python benchmarks/soak.py --steps 200 --every 20 --seed 0
+    python benchmarks/soak.py --steps 200 --every 20 --seed 0
 
 Trains a small model on local hosts twice: undisturbed, then with a SIGKILL every `--every` seconds
 or so, of a host or (one time in `--driver-odds`) of the driver, which is started again at once.
@@ -26,11 +26,15 @@ import tempfile
 import time
 from typing import Any
 
-import hosts
 import jax
-import runs
 
 from mesh_transformer import metrics_file
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path += [str(ROOT), str(ROOT / "tests")]
+
+import hosts  # noqa: E402
+import runs  # noqa: E402
 
 KEYS = {
     **{"layers": 4, "d_model": 192, "per_replica_batch": 64, "zero_stage": 1},
