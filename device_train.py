@@ -24,7 +24,7 @@ def main() -> int:
     )
     add = parser.add_argument
     add("--config", required=True, help="JSON or YAML file of the run")
-    add("--tune-model-path", metavar="PATH", help="begin with this run (or step folder) at step 0")
+    add("--tune-model-path", metavar="PATH", help="begin with this checkpoint at step 0")
     add("--fresh-opt", action="store_true", help="take its weights, but not its Adam moments")
     add("--new", action="store_true", help="give up the checkpoints and metrics in model_dir")
     args = parser.parse_args()

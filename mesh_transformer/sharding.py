@@ -7,10 +7,12 @@ One letter names a dimension everywhere: in array suffixes, einsum subscripts an
     T  tokens fed now (queries)              F  feed-forward features
     S  tokens attended to (cache slots)      V  vocabulary
     D  model features                        L  layers, stacked
-    R  buckets of relative positions
+    R  buckets of relative positions         G  heads of keys and values
+    E  features of an embedding, where they are not those of the model
 
-Letters are global sizes; in a weight, H stands for heads times features per head: heads are
-split over devices, never one head. Two mesh axes exist: `dp`, over which sequences (and under
+Letters are global sizes; in a weight, H stands for heads times features per head, and so does G:
+heads are split over devices, never one head (of a G that `mp` does not divide, devices hold copies
+while it is in use). Two mesh axes exist: `dp`, over which sequences (and under
 ZeRO weights and optimizer state) are spread, and `mp`, over which each layer is split
 (Megatron-LM, arXiv:1909.08053). The model calls `columns`, `rows` and `lookup`, which hold the
 only communication over `mp` that a layer needs, and `shard` for what the compiler must keep.
@@ -30,7 +32,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-COMPUTE = {"B": "dp", "H": "mp", "F": "mp", "V": "mp"}
+COMPUTE = {"B": "dp", "H": "mp", "G": "mp", "F": "mp", "V": "mp"}
 """Mesh axis of each dimension of activations, and of weights while in use."""
 
 STORAGE = COMPUTE | {"D": "dp"}
@@ -39,18 +41,26 @@ STORAGE = COMPUTE | {"D": "dp"}
 PARAM_DIMS = (
     ("embed/embeddings", "VD"),
     ("embed/b", "D"),
+    ("embed/project/w", "ED"),
+    ("embed/norm/(scale|offset)", "D"),
     ("positions/embeddings", "TD"),
     ("relative_positions/embeddings", "HR"),
-    ("layers/block/norm/(scale|offset)", "LD"),
-    ("layers/block/norm/(gain|shift)", "L"),
-    ("layers/block/attention/[qkv]/w", "LDH"),
+    ("layers/block/(norm|ff_norm)/(scale|offset)", "LD"),
+    ("layers/block/(norm|ff_norm)/(gain|shift)", "L"),
+    ("layers/block/attention/q/w", "LDH"),
+    ("layers/block/attention/[kv]/w", "LDG"),
+    ("layers/block/attention/q/b", "LH"),
+    ("layers/block/attention/[kv]/b", "LG"),
+    ("layers/block/attention/[qk]_norm/scale", "LK"),
     ("layers/block/attention/o/w", "LHD"),
-    ("layers/block/ff/in/w", "LDF"),
-    ("layers/block/ff/in/b", "LF"),
+    ("layers/block/attention/o/b", "LD"),
+    ("layers/block/ff/(in|gate)/w", "LDF"),
+    ("layers/block/ff/(in|gate)/b", "LF"),
     ("layers/block/ff/out/w", "LFD"),
     ("layers/block/ff/out/b", "LD"),
     ("final_norm/(scale|offset)", "D"),
     ("final_norm/(gain|shift)", ""),
+    ("unembed/project/w", "DE"),
     ("unembed/w", "DV"),
     ("unembed/b", "V"),
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import errno
+import fcntl
 import functools
 import os
 import pathlib
@@ -19,7 +20,7 @@ import uuid
 from collections.abc import Iterator
 from typing import IO, Any
 
-from mesh_transformer.errors import UserError
+from mesh_transformer.errors import InUse, UserError
 
 EXTRAS = {"gs": "gcs", "s3": "s3"}
 """The optional dependencies, `mesh-transformer[gcs]` and `[s3]`, that each scheme needs."""
@@ -95,6 +96,61 @@ def read_text(path: str) -> str:
     return read_bytes(path).decode("utf-8")
 
 
+def size(path: str) -> int:
+    """Give the length of a file in bytes.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    if not is_remote(path):
+        return os.stat(path).st_size
+    bucket, key = _split(path)
+    with _named_errors(path):
+        return _store(path).size(bucket, key)
+
+
+def read_into(path: str, begin: int, buffer: memoryview) -> int:
+    """Fill a buffer with a range of a file: of a remote one, by a single request.
+
+    Opened and sought in, a remote file would be asked for to its end at every turn.
+
+    Returns:
+        How many bytes there were; fewer than asked for where the file ends before.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    if not len(buffer):
+        return 0
+    if not is_remote(path):
+        with builtins.open(path, "rb", buffering=0) as file:
+            file.seek(begin)
+            return _fill(file, buffer)
+    bucket, key = _split(path)
+    with _named_errors(path):
+        return _store(path).read_into(bucket, key, begin, buffer)
+
+
+def _fill(file: Any, buffer: memoryview) -> int:
+    """Read a stream into a buffer until one of them ends."""
+    done = 0
+    while done < len(buffer) and (n := file.readinto(buffer[done:])):
+        done += n
+    return done
+
+
+class _Sink:
+    """A stream to write to that fills a buffer."""
+
+    def __init__(self, buffer: memoryview) -> None:
+        self._buffer, self.done = buffer, 0
+
+    def write(self, data: bytes) -> int:
+        self._buffer[self.done : self.done + len(data)] = data
+        self.done += len(data)
+        return len(data)
+
+
 def write_bytes_atomically(path: str, data: bytes) -> None:
     """Write a file so that readers, and a run killed meanwhile, see the old content or the new.
 
@@ -116,7 +172,7 @@ def write_bytes_atomically(path: str, data: bytes) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def write_text_atomically(path: str, text: str) -> None:
@@ -124,11 +180,14 @@ def write_text_atomically(path: str, text: str) -> None:
     write_bytes_atomically(path, text.encode("utf-8"))
 
 
-def _sync_folder(folder: pathlib.Path) -> None:
+def sync_folder(folder: str | os.PathLike[str]) -> None:
     """Make a rename in a folder survive a power failure; Windows has no such call."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
+    if os.name != "nt":
+        _sync_path(str(folder))
+
+
+def _sync_path(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -145,6 +204,59 @@ def exists(path: str) -> bool:
         return any(other == key or other.startswith(key.rstrip("/") + "/") for other in found)
 
 
+def children(path: str) -> list[str]:
+    """List the names of what is in a folder; nothing if there is none."""
+    if not is_remote(path):
+        return sorted(os.listdir(path)) if os.path.isdir(path) else []
+    bucket, key = _split(path)
+    prefix = key.rstrip("/") + "/" if key.strip("/") else ""
+    with _named_errors(path):
+        found = _store(path).keys(bucket, prefix)
+        return sorted({other.removeprefix(prefix).partition("/")[0] for other in found} - {""})
+
+
+def remove(path: str) -> None:
+    """Delete a file.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    if not is_remote(path):
+        os.unlink(path)
+        return
+    bucket, key = _split(path)
+    with _named_errors(path):
+        _store(path).remove(bucket, key)
+
+
+@contextlib.contextmanager
+def alone(folder: str, taken: str) -> Iterator[None]:
+    """Keep other processes out of a local folder, until the `with` block ends or this one dies.
+
+    The lock is on the folder itself: no file is left, and what this process starts inherits none.
+
+    Raises:
+        InUse: Another process has it; the message is `taken`.
+    """
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InUse(taken) from error
+        yield
+    finally:
+        os.close(held)
+
+
+def sync(folder: str) -> None:
+    """Make all that is in a local folder survive a power failure."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            _sync_path(os.path.join(place, name))
+        sync_folder(place)
+
+
 class _GoogleStore:
     """The few calls to Google Cloud Storage that smart-open does not make."""
 
@@ -157,6 +269,21 @@ class _GoogleStore:
         self.client.bucket(bucket).blob(key).upload_from_string(
             data, content_type="application/octet-stream"
         )
+
+    def remove(self, bucket: str, key: str) -> None:
+        self.client.bucket(bucket).blob(key).delete()
+
+    def size(self, bucket: str, key: str) -> int:
+        blob = self.client.bucket(bucket).blob(key)
+        blob.reload()
+        return int(blob.size)
+
+    def read_into(self, bucket: str, key: str, begin: int, buffer: memoryview) -> int:
+        sink = _Sink(buffer)
+        self.client.bucket(bucket).blob(key).download_to_file(
+            sink, start=begin, end=begin + len(buffer) - 1, raw_download=True, checksum=None
+        )
+        return sink.done
 
     def keys(self, bucket: str, prefix: str) -> Iterator[str]:
         return (blob.name for blob in self.client.list_blobs(bucket, prefix=prefix))
@@ -172,6 +299,19 @@ class _S3Store:
 
     def put(self, bucket: str, key: str, data: bytes) -> None:
         self.client.put_object(Bucket=bucket, Key=key, Body=data)
+
+    def remove(self, bucket: str, key: str) -> None:
+        self.client.delete_object(Bucket=bucket, Key=key)
+
+    def size(self, bucket: str, key: str) -> int:
+        return int(self.client.head_object(Bucket=bucket, Key=key)["ContentLength"])
+
+    def read_into(self, bucket: str, key: str, begin: int, buffer: memoryview) -> int:
+        wanted = f"bytes={begin}-{begin + len(buffer) - 1}"
+        with contextlib.closing(
+            self.client.get_object(Bucket=bucket, Key=key, Range=wanted)["Body"]
+        ) as body:
+            return _fill(body, buffer)
 
     def keys(self, bucket: str, prefix: str) -> Iterator[str]:
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)

@@ -20,6 +20,7 @@ class FakeBuckets(http.server.ThreadingHTTPServer):
     Attributes:
         objects: Contents by key.
         refuses: Whether every request is answered with 403.
+        n_reads: How often a content, or a range of one, was asked for.
         uploads: Parts of uploads that are not complete, by the upload's id.
     """
 
@@ -29,6 +30,7 @@ class FakeBuckets(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.objects: dict[str, bytes] = {}
         self.refuses = False
+        self.n_reads = 0
         self.uploads: dict[str, list[bytes]] = {}
 
     @property
@@ -51,6 +53,7 @@ def serve() -> Iterator[FakeBuckets]:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer's body waits 40 ms for the header's receipt
     server: FakeBuckets
 
     def log_message(self, format: str, *args: object) -> None:
@@ -100,6 +103,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._json({"items": [self._resource(k) for k in found]})
         elif key not in objects:
             self._answer(404, b"")
+        elif self.command == "DELETE":
+            del objects[key]
+            self._answer(204, b"")
         elif self.query.get("alt") == "media":
             self._range(objects[key])
         else:
@@ -131,14 +137,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             objects[key] = b"".join(self.server.uploads.pop(key))
             self._answer(200, b"<R><ETag>1</ETag></R>")
         elif self.command == "DELETE":
-            self.server.uploads.pop(key, None)
+            (self.server.uploads if "uploadId" in self.query else objects).pop(key, None)
             self._answer(204, b"")
         elif self.command == "PUT":
             objects[key] = self.body
             self._answer(200, b"", {"ETag": '"1"'})
         elif not key:
             found = [k for k in sorted(objects) if k.startswith(self.query.get("prefix", ""))]
-            items = "".join(f"<Contents><Key>{k}</Key></Contents>" for k in found)
+            items = "".join(
+                f"<Contents><Key>{k}</Key><Size>{len(objects[k])}</Size></Contents>" for k in found
+            )
             self._answer(200, f"<ListBucketResult>{items}</ListBucketResult>".encode())
         elif key not in objects:
             self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
@@ -146,6 +154,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._range(objects[key])
 
     def _range(self, content: bytes) -> None:
+        self.server.n_reads += 1
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if not asked:
             self._answer(200, content)

@@ -12,14 +12,18 @@ from collections.abc import Callable
 import processes
 
 
-def pids_below(ancestor: int) -> list[int]:
-    """Return the process ids of the hosts that a driver has started, itself or by Ray."""
-    listing = ["ps", "-eo", "pid=,ppid=,args="]
+def pids_below(ancestor: int, title: str = "ray::Host") -> list[int]:
+    """Return the process ids of the hosts that a driver has started, itself or by Ray.
+
+    Args:
+        title: Or of other programs: how what `ps` shows of them begins, without their folder.
+    """
+    listing = ["ps", "-ww", "-eo", "pid=,ppid=,args="]
     done = subprocess.run(listing, capture_output=True, text=True, check=True, timeout=60)
     rows = [line.split(None, 2) for line in done.stdout.splitlines()]
     parents = {int(row[0]): int(row[1]) for row in rows}
-    hosts = [int(row[0]) for row in rows if row[2].startswith("ray::Host")]
-    return sorted(pid for pid in hosts if ancestor in _ancestors(pid, parents))
+    found = [int(row[0]) for row in rows if _program(row[2]).startswith(title)]
+    return sorted(pid for pid in found if ancestor in _ancestors(pid, parents))
 
 
 def is_at(pid: int, method: str) -> bool:
@@ -56,6 +60,11 @@ def stopped(
 
     assert processes.wait_until(caught, driver), f"{driver.args!r} ended before"
     return pids[-1]
+
+
+def _program(arguments: str) -> str:
+    """Return the name of a program, or the title that it gave itself."""
+    return pathlib.PurePath(arguments.split()[0]).name
 
 
 def _ancestors(pid: int, parents: dict[int, int]) -> list[int]:

@@ -3,8 +3,10 @@
 `golden/original/NAME.npz` holds a run of the original program on CPU, in float32: its weights as
 its shards hold them, under its own names; the loss of every token of four sequences; the gradient
 of one training step; greedy continuations. `A` holds weights rounded to bfloat16, as the original's
-slim checkpoints do, and the numbers that follow from those. The files were packed from folders that
-the original wrote (`full/step_20/shard_*/*.npz`, `record.npz`, ...) with
+slim checkpoints do, and the numbers that follow from those. Runs that are `CONTINUED` also hold
+Adam's moments and what the next five steps were fed and reported, in float32; but for `A`, which
+would be large: its is read from the original's folder. The files were packed from folders that the
+original wrote (`full/step_20/shard_*/*.npz`, `record.npz`, ...) with
 
     python tests/original.py FOLDER...
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import pathlib
 import re
 import sys
@@ -24,6 +27,11 @@ from mesh_transformer import config
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "original"
 CONFIGS = GOLDEN / "configs.json"
+FOLDERS = pathlib.Path(
+    os.environ.get("ORIGINAL_FIXTURES") or pathlib.Path(__file__).parents[2] / "shared" / "fixtures"
+)
+"""Where the folders that the original wrote are, if they are here."""
+CONTINUED = ("A", "B_small", "C_t5", "D_fixed", "E_rmsnorm", "E_scalenorm")
 ROOT = "causal_transformer_shard/~/"
 OTHER_KEYS = {
     "compute_dtype": "float32",
@@ -74,6 +82,12 @@ MERGE_GRADIENT = MERGE_WEIGHT | {
     # The transpose of the gather adds the same gradient up once per shard.
     "gathered columns": lambda parts: np.concatenate(list(parts), -1) / len(parts),
 }
+MERGE_FIRST_MOMENT = MERGE_GRADIENT
+MERGE_SECOND_MOMENT = MERGE_GRADIENT | {
+    "averaged": lambda parts: parts.sum(0) * len(parts),
+    "gathered columns": lambda parts: np.concatenate(list(parts), -1) / len(parts) ** 2,
+}
+"""To moments of the true gradient: a mean of squares goes as the square of what a copy had."""
 
 
 class Original(NamedTuple):
@@ -83,7 +97,9 @@ class Original(NamedTuple):
         config: Its configuration, in float32.
         arrays: Everything in the file: `params/NAME`, `grads/NAME`, ... stacked by shard, and
             `eval_tokens`, `all_loss`, `correct`, `next_tokens`, `prompts`, `prompt_lengths`,
-            `generated`, `margins` (distance between the two best logits at each drawn token).
+            `generated`, `margins` (distance between the two best logits at each drawn token); of
+            runs that are `CONTINUED` `later_tokens` [5, A, B, T + 1] and `later_metrics` [5, 4]:
+            loss, last_loss, grad_norm of the sum over microbatches, mean norm of microbatches.
     """
 
     config: config.Config
@@ -105,6 +121,14 @@ class Original(NamedTuple):
         """Return its gradient of `next_tokens`, summed over microbatches, as our tree."""
         return merge(self.shards("grads"), MERGE_GRADIENT, self.config.model)
 
+    def moments(self) -> dict[str, Any]:
+        """Return Adam's moments of the true gradient, "mu" and "nu", as our trees."""
+        kinds = {"mu": MERGE_FIRST_MOMENT, "nu": MERGE_SECOND_MOMENT}
+        return {
+            kind: merge(self.shards(kind), rules, self.config.model)
+            for kind, rules in kinds.items()
+        }
+
 
 @functools.cache
 def load(name: str) -> Original:
@@ -113,6 +137,18 @@ def load(name: str) -> Original:
     with np.load(GOLDEN / f"{name}.npz") as file:
         arrays = {key: as_float32(file[key]) for key in file.files}
     return Original(config.parse(keys | OTHER_KEYS, name), arrays)
+
+
+@functools.cache
+def continued(name: str) -> Original | None:
+    """Return what one run went on with for five steps; None if it is not here."""
+    if name != "A":
+        return load(name)
+    if not (FOLDERS / name).is_dir():
+        return None
+    leaves = read_step(FOLDERS / name, "full")
+    params = {key: value for key, value in leaves.items() if key.startswith("params/")}
+    return Original(load(name).config, params | later(FOLDERS / name, leaves))
 
 
 def merge(
@@ -150,8 +186,15 @@ def as_float32(array: np.ndarray) -> np.ndarray:
 
 def read_shards(folder: pathlib.Path, leaves: pathlib.Path, n_shards: int) -> dict[str, np.ndarray]:
     """Read a checkpoint that the original wrote: by leaf name, `[shard, ...]`."""
+    return read_leaves(folder, json.loads(leaves.read_text()), n_shards)
+
+
+def read_leaves(
+    folder: pathlib.Path, leaves: list[dict[str, Any]], n_shards: int
+) -> dict[str, np.ndarray]:
+    """Read the arrays that the original's list of them names."""
     arrays = {}
-    for leaf in json.loads(leaves.read_text()):
+    for leaf in leaves:
         parts = []
         for i in range(n_shards):
             with np.load(folder / f"shard_{i}" / leaf["file"]) as file:
@@ -161,14 +204,33 @@ def read_shards(folder: pathlib.Path, leaves: pathlib.Path, n_shards: int) -> di
     return arrays
 
 
+def read_step(folder: pathlib.Path, size: str) -> dict[str, np.ndarray]:
+    """Read the checkpoint of step 20 of a run, "full" or "slim"."""
+    n_shards = json.loads((folder / "config.json").read_text())["cores_per_replica"]
+    return read_shards(folder / size / "step_20", folder / f"{size}_leaves.json", n_shards)
+
+
+def later(folder: pathlib.Path, leaves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return Adam's moments, and what the next five steps were fed and reported."""
+    arrays = {
+        f"{moment}/{key.removeprefix(start)}": value
+        for moment in ("mu", "nu")
+        for key, value in leaves.items()
+        if key.startswith(start := f"opt_state/2/{moment}/")
+    }
+    with np.load(folder / "record.npz") as record:
+        arrays["later_tokens"] = record["next_tokens"]
+    record = json.loads((folder / "record.json").read_text())
+    arrays["later_metrics"] = np.array(record["next_train_f32"]["rows"], np.float32)
+    return arrays
+
+
 def pack(folder: pathlib.Path) -> None:
     """Copy what the tests need of one folder into `GOLDEN`."""
     keys = json.loads((folder / "config.json").read_text())
     name = folder.name
     size, weights = ("slim", "bf16") if name == "A" else ("full", "f32")
-    leaves = read_shards(
-        folder / size / "step_20", folder / f"{size}_leaves.json", keys["cores_per_replica"]
-    )
+    leaves = read_step(folder, size)
     packed: dict[str, Any] = {k: v for k, v in leaves.items() if k.startswith("params/")}
     kept = {
         "eval_tokens": "eval_tokens",
@@ -183,15 +245,10 @@ def pack(folder: pathlib.Path) -> None:
         packed |= {new: record[old] for old, new in kept.items() if old in record.files}
         packed["next_tokens"] = record["next_tokens"][0]
     extra = {"grads_f32_next0": "grads"} if size == "full" else {}
-    if name == "E_rmsnorm":  # small: it also holds what one optimizer step needs
+    if name == "E_rmsnorm":  # small: it also holds what one optimizer step ends with
         extra |= {"params_f32_after_next1": "after"}
-        for moment in ("mu", "nu"):
-            start = f"opt_state/2/{moment}/"
-            packed |= {
-                f"{moment}/{key.removeprefix(start)}": value
-                for key, value in leaves.items()
-                if key.startswith(start)
-            }
+    if name in CONTINUED and size == "full":
+        packed |= later(folder, leaves)
     for file_name, kind in extra.items():
         with np.load(folder / f"{file_name}.npz") as file:
             for key in file.files:

@@ -57,7 +57,7 @@ def assert_same(got: Any, wanted: Any) -> None:
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def saved(root: Path, state: State, step: int = 1, extra: dict[str, Any] | None = None) -> str:
+def saved(root: Path, state: Any, step: int = 1, extra: dict[str, Any] | None = None) -> str:
     """Save one checkpoint and give its folder."""
     with Checkpoints(str(root)) as checkpoints:
         checkpoints.save(step, state, extra or {})

@@ -44,7 +44,55 @@ KINDS = (
     ("rotary", "rmsnorm-bias"),
     ("rotary", "scalenorm"),
 )
-"""Every position encoding and every norm, but not each with each."""
+"""Every position encoding and every norm of the original, but not each with each."""
+
+_BIAS_FREE = {"ff_bias": False, "embed_bias": False, "head_bias": False}
+_BIASED = {"qkv_bias": True, "o_bias": True, "embed_bias": False, "head_bias": False}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        **_BIASED,
+        **{"residual": "sequential", "pe": "fixed", "tie_embeddings": True, "activation": "gelu"},
+    },
+    "neox": {
+        **_BIASED,
+        **{"residual": "parallel-untied", "pe": "rotary-half", "pe_rotary_dims": 2},
+    },
+    "neo": {
+        **{"residual": "sequential", "pe": "sinusoidal", "o_bias": True, "tie_embeddings": True},
+        **{"window": 3, "window_every": 2, "attention_scale": 1.0},
+    },
+    "opt": {
+        **_BIASED,
+        **{"residual": "post-norm", "final_norm": False, "pe": "fixed", "pe_offset": 2},
+        **{"d_embed": 16, "activation": "relu", "tie_embeddings": True},
+    },
+    "bloom": {
+        **_BIASED,
+        **{"residual": "sequential", "pe": "alibi", "embed_norm": True, "tie_embeddings": True},
+    },
+    "llama": {
+        **_BIAS_FREE,
+        **{"residual": "sequential", "norm": "rmsnorm-mean", "pe": "rotary-half"},
+        **{"n_kv_heads": 4, "gated": True, "activation": "silu", "pe_scaling": "llama3"},
+        "pe_scaling_factors": {
+            **{"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            "original_max_position_embeddings": 8.0,
+        },
+    },
+    "one head of keys": {
+        **_BIAS_FREE,
+        **{"residual": "sequential", "norm": "rmsnorm-mean-plus-one", "pe": "rotary"},
+        **{
+            "n_kv_heads": 1,
+            "qk_norm": True,
+            "embed_scale": 32**0.5,
+            "gated": True,
+            "qkv_bias": True,
+            "window": 5,
+        },
+    },
+}
+"""Every other option of a decoder, as families combine them."""
 
 COMPILED_FAST = {"xla_backend_optimization_level": 0}
 """Options of `jax.jit` that halve the time to compile what runs only once."""
@@ -58,13 +106,15 @@ def parsed(**keys: Any) -> config.Config:
 def worker(dp: int = 1, mp: int = 1, **keys: Any) -> Worker:
     """Return a host with this mesh; the same one, and its compiled steps, for the same arguments.
 
+    A `variant` among the keys is one of `VARIANTS`.
     Its weights are what the last test left there: set `state` before using them.
     """
     return _worker(dp, mp, **_changes(keys))
 
 
 @functools.cache
-def _worker(dp: int, mp: int, **keys: Any) -> Worker:
+def _worker(dp: int, mp: int, variant: str = "", **keys: Any) -> Worker:
+    keys = VARIANTS.get(variant, {}) | keys
     return Worker(parsed(cores_per_replica=mp, **keys), jax.devices()[: dp * mp])
 
 

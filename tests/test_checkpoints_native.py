@@ -25,7 +25,7 @@ from mesh_transformer.checkpoints.native import CheckpointError, Checkpoints, lo
 def test_a_state_is_restored_bit_for_bit_into_another_mesh(
     tmp_path, monkeypatch, dp, mp, chunk_bytes
 ):
-    monkeypatch.setattr(native, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(layout, "CHUNK_BYTES", chunk_bytes)
     state = state_on(mesh(2, 4))
     folder = saved(tmp_path, state, extra={"position": {"samples": 96}})
     target = like(state_on(mesh(dp, mp), ("mp", "dp"), seed=1))

@@ -89,7 +89,7 @@ def checkout(tmp_path: pathlib.Path) -> Checkout:
     return Checkout(tmp_path)
 
 
-FAST = "-m pytest -m not slow"
+FAST = "-m pytest -m not slow -n 2 --dist loadfile"
 
 
 def test_the_project_is_installed_once(checkout: Checkout) -> None:
@@ -166,7 +166,7 @@ def test_a_missing_python_is_reported(checkout: Checkout) -> None:
 def test_arguments_go_to_pytest(checkout: Checkout) -> None:
     checkout.run("test", "-k", "a b", "-x")
     checkout.run("test", "--all", "-x")
-    assert checkout.calls()[2:] == [f"{FAST} -k a b -x", "-m pytest -x"]
+    assert checkout.calls()[2:] == [f"{FAST} -k a b -x", f"{FAST} -x", "-m pytest -m slow -x"]
 
 
 STEPS = [

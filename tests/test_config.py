@@ -11,7 +11,7 @@ import random
 import re
 
 import pytest
-from configurations import CONFIGS, MINIMAL
+from configurations import CONFIGS, MINIMAL, random_flat
 
 from mesh_transformer import config as configuration
 from mesh_transformer import rules
@@ -266,89 +266,6 @@ def test_replicas_refuse_devices_that_cannot_share_a_zero_stage() -> None:
         "which do not divide it; set zero_stage to 0 or change d_model",
     )
     assert configuration.parse(MINIMAL | {"zero_stage": 0}).replicas(3) == 3
-
-
-def random_flat(rng: random.Random) -> dict:
-    """A valid configuration in random order, where every optional key may be left out."""
-    cores, head = rng.choice([1, 2, 4]), 2 * rng.randint(1, 16)
-    heads, replicas = cores * rng.randint(1, 3), rng.choice([1, 2, 4])
-    vocab, d_model, ckpt = cores * rng.randint(2, 300), 4 * heads * head, rng.randint(1, 50)
-    lr = 10 ** rng.uniform(-6, 0)
-    required = {
-        "layers": rng.randint(1, 99),
-        "d_model": d_model,
-        "n_heads": heads,
-        "n_vocab": vocab,
-        "seq": rng.randint(2, 4096),
-        "per_replica_batch": rng.randint(1, 64),
-        "cores_per_replica": cores,
-        "warmup_steps": rng.randint(0, 99),
-        "anneal_steps": rng.randint(0, 99),
-        "lr": rng.choice([lr, 1]),
-        "end_lr": lr * rng.random(),
-        "weight_decay": rng.choice([0, 0.1]),
-        "total_steps": rng.randint(1, 10**6),
-        "train_set": "data/päth with space.index",
-        "model_dir": rng.choice(["a", "a/b"]),
-        "ckpt_every": ckpt,
-        "keep_every": ckpt * rng.randint(1, 5),
-        "name": rng.choice(["n", "näme\n2"]),
-    }
-    optional = random_options(rng, cores=cores, replicas=replicas, vocab=vocab, head=head)
-    kept = {key: value for key, value in optional.items() if rng.random() < 0.5}
-    flat = list((required | kept).items())
-    rng.shuffle(flat)
-    return dict(flat)
-
-
-def random_options(rng: random.Random, *, cores: int, replicas: int, vocab: int, head: int) -> dict:
-    return {
-        "norm": rng.choice(["layernorm", "layernorm-nobias", "rmsnorm-bias", "scalenorm"]),
-        "pe": rng.choice(["rotary", "t5", "fixed", "none"]),
-        "pe_rotary_dims": 2,
-        "d_head": head,
-        "d_ff": cores * rng.randint(1, 999),
-        "n_tokens": rng.randint(1, vocab),
-        "compute_dtype": rng.choice(["bfloat16", "float32"]),
-        "remat": rng.choice(["full", "dots", "none"]),
-        "unroll": rng.choice([1, 2]),
-        "attention": rng.choice(["auto", "xla", "splash"]),
-        "z_loss": rng.choice([0, 1e-4]),
-        "tpu_size": cores * replicas,
-        "zero_stage": rng.randint(0, 3),
-        "gradient_accumulation_steps": rng.randint(1, 64),
-        "val_batch_multiplier": rng.randint(1, 4),
-        "val_set": rng.choice([{}, {"a": "x"}, {"b": "y", "a": "x"}]),
-        "tokenizer": rng.choice(["gpt2", "bytes", "org/name"]),
-        "bucket": "bucket",
-        "keep_n": rng.randint(1, 9),
-        "val_batches": rng.randint(0, 9),
-        "val_every": rng.randint(1, 999),
-        "eval_harness_tasks": rng.choice([[], ["piqa"], ["piqa", "lambada"]]),
-        "wandb_project": "project",
-        "trackers": rng.choice([[], ["wandb"], ["wandb", "tensorboard"]]),
-        "noise_scale_alpha": rng.choice([1, 0.5, 1e-9]),
-        "stop_on_nan": rng.random() < 0.5,
-        "comment": rng.choice(["", "more"]),
-        "seed": rng.randint(0, 2**32 - 1),
-        "pod_start_seconds": rng.randint(900, 9999),
-        "pod_step_seconds": rng.randint(1, 900),
-        "pod_heartbeat_seconds": rng.randint(1, 100),
-        "pod_retries": rng.randint(0, 9),
-        "tpu_type": rng.choice(["v2-8", "v3-32", "v4-64", "v5litepod-16", "v5p-8", "v6e-4"]),
-        "tpu_runtime": "some-runtime",
-        "tpu_project": "project",
-        "tpu_network": "network",
-        "tpu_subnetwork": "subnetwork",
-        "tpu_external_ips": rng.random() < 0.5,
-        "tpu_service_account": "host@project.iam.gserviceaccount.com",
-        "tpu_driver_address": "10.1.2.3",
-        "tpu_token_secret": "token",
-        "tpu_labels": rng.choice([{}, {"team": "language", "a-b_1": ""}]),
-        "tpu_queued": rng.random() < 0.5,
-        "tpu_reserved": rng.random() < 0.5,
-        "tpu_wait_minutes": rng.randint(1, 10**4),
-    }
 
 
 @pytest.mark.filterwarnings("ignore::mesh_transformer.config.ConfigWarning")

@@ -118,7 +118,8 @@ def test_all_problems_of_a_file_are_reported_at_once(tmp_path: pathlib.Path) -> 
   - missing key 'train_set'
   - layers: expected a whole number, got '28' (str); write 28 without quotes
   - norm: 'layernrom' is not one of 'layernorm', 'layernorm-nobias', 'layernorm-desync', \
-'rmsnorm', 'rmsnorm-bias', 'scalenorm', 'scalenorm-bias'; did you mean 'layernorm'?
+'rmsnorm', 'rmsnorm-bias', 'scalenorm', 'scalenorm-bias', 'rmsnorm-mean', \
+'rmsnorm-mean-plus-one'; did you mean 'layernorm'?
   - cores_per_replica 4 does not divide d_ff 101; the next d_ff that it divides is 104"""
     )
 

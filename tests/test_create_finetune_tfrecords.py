@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+import time
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from original_data import FOLDER, SETS, StubTokenizer, expected
 import create_finetune_tfrecords
 from mesh_transformer.data import DataError, dataset, encoding, prepare, tokenizer
 from mesh_transformer.data.batches import ValidationBatches
+from mesh_transformer.data.documents import Piece
 from mesh_transformer.data.prepare import Options
 
 ROOT = Path(__file__).parent.parent
@@ -301,6 +306,24 @@ def test_a_failing_worker_is_one_error_that_names_the_place(
             path, "set", Failing(dies), Options(seq=9), output_dir=tmp_path / "o", workers=workers
         )
     assert made_files(tmp_path / "o") == []
+
+
+def test_a_worker_that_dies_before_more_text_is_read_is_the_same_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(encoding, "_CHARACTERS_PER_TASK", 1)
+
+    def pieces() -> Iterator[Piece]:
+        yield Piece("stop", "a.jsonl:1", ends=True)
+        deadline = time.monotonic() + 60
+        while multiprocessing.active_children():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield Piece("line", "a.jsonl:2", ends=True)
+
+    encoder = encoding.Encoder(Failing(dies=True))
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .*was killed"):
+        encoding.encode_to(io.BytesIO(), pieces(), encoder, workers=2)
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

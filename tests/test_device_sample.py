@@ -30,13 +30,9 @@ N_NEW = 10
 PROMPT = "def f"
 DEFAULTS = Sampling(temperature=0.75, top_p=0.9, stop_ids=(Bytes.eot_id,))
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 Command = Callable[..., Ended]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once() -> Iterator[None]:
-    with runs.compiled_once():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +200,6 @@ REFUSED = [
     (("--model", "{parent}"), 1, "error: {parent} holds no complete checkpoint; needed is"),
     (("--config", "{untrained}"), 1, "untrained does not exist; needed is the folder (model_dir)"),
     (("--config", "{other}"), 1, "step_40 is of another model; mend the configuration, or read "),
-    (("--model", "a", "--config", "b"), 2, "argument --config: not allowed with argument --model"),
 ]
 
 

@@ -29,13 +29,9 @@ KEYS = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 Command = Callable[..., Ended]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once() -> Iterator[None]:
-    with runs.compiled_once():
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -286,6 +282,8 @@ REFUSED: list[tuple[dict[str, Any], Callable[[Run], list[str]], list[str]]] = [
             "  - n_heads is 4 there, 8 in the configuration",
             "  - pe_rotary_dims is 4 there, 2 in the configuration",
             "  - d_head is 4 there, 2 in the configuration",
+            "  - n_kv_heads is 4 there, 8 in the configuration",
+            f"  - attention_scale is 0.5 there, {2**-0.5} in the configuration",
         ],
     ),
     (
@@ -302,7 +300,9 @@ REFUSED: list[tuple[dict[str, Any], Callable[[Run], list[str]], list[str]]] = [
         lambda run: ["--tune-model-path", str(half_written(run))],
         [
             "error: {root}/checkpoints/step_10 holds no complete checkpoint; needed is the folder "
-            "(model_dir) of a run that has saved one, or a step folder in it"
+            "(model_dir) of a run that has saved one, a step folder in it, a step folder of "
+            "mesh-transformer-jax (with shard_0 or params in it), or a Hugging Face folder (with "
+            "config.json and weights)"
         ],
     ),
     (

@@ -23,17 +23,18 @@ import numpy as np
 import pytest
 import small
 
-from mesh_transformer import config
+from mesh_transformer import config, network
 from mesh_transformer.errors import UserError
 from mesh_transformer.model.attention import implementation_for
 from mesh_transformer.model.decoder import make_model
-from mesh_transformer.model.layers import Norm, RelativePositions, rotary_angles, rotate
+from mesh_transformer.model.layers import Norm
+from mesh_transformer.model.positions import RelativePositions, rotary, rotate
 from mesh_transformer.sharding import PARAM_DIMS, param_dims
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "parameters.json"
-NORMS = get_args(config.Norm)
-POSITIONS = get_args(config.Positions)
+NORMS = get_args(network.Norm)
+POSITIONS = get_args(network.Positions)
 HOW = (
     "if the change is meant, run `PYTHONPATH=. python tests/test_model.py` and read the difference"
 )
@@ -78,19 +79,21 @@ def test_gpt_j_has_the_published_number_of_weights() -> None:
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == published + embedding_bias
 
 
-def test_no_norm_or_position_encoding_is_left_out_where_meshes_and_decoding_are_tested() -> None:
+def test_no_kind_of_anything_is_left_out_where_meshes_and_decoding_are_tested() -> None:
     tested_positions, tested_norms = map(set, zip(*small.KINDS, strict=True))
-    assert tested_positions == set(POSITIONS)
-    assert tested_norms | {"layernorm-desync"} == set(NORMS)
+    variants = [model_config(**keys) for keys in small.VARIANTS.values()]
+    assert tested_positions | {it.pe for it in variants} == set(POSITIONS)
+    assert tested_norms | {it.norm for it in variants} | {"layernorm-desync"} == set(NORMS)
+    assert {"parallel"} | {it.residual for it in variants} == set(get_args(network.Residual))
 
 
 def test_every_parameter_has_one_row_of_dimensions_and_every_row_a_parameter() -> None:
     found = set()
-    for norm in NORMS:
-        for pe in POSITIONS:
-            params = shapes(model_config(norm=norm, pe=pe))
-            param_dims(params)  # raises unless exactly one row of the right rank matches each
-            found |= {path.split("/", 1)[1] for path in paths(params)}
+    kinds = [{"norm": norm, "pe": pe} for norm in NORMS for pe in POSITIONS]
+    for keys in (*kinds, *small.VARIANTS.values()):
+        params = shapes(model_config(**keys))
+        param_dims(params)  # raises unless exactly one row of the right rank matches each
+        found |= {path.split("/", 1)[1] for path in paths(params)}
     dead = [row for row, _ in PARAM_DIMS if not any(re.fullmatch(row, path) for path in found)]
     assert not dead
 
@@ -154,6 +157,10 @@ def test_norms_are_their_formulas(norm: str) -> None:
         expected = centred / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
         wanted = {"scale"} | ({"offset"} if norm != "layernorm-nobias" else set())
         first, size = 1.0, d_model
+    elif norm.startswith("rmsnorm-mean"):
+        expected = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-5)
+        wanted, size = {"scale"}, d_model
+        first = 0.0 if norm.endswith("plus-one") else 1.0
     else:
         expected = x / (np.linalg.norm(x, axis=-1, keepdims=True) + 1e-5)
         wanted = {"gain"} if norm.startswith("scalenorm") else {"scale"}
@@ -165,7 +172,8 @@ def test_norms_are_their_formulas(norm: str) -> None:
         multiplies = name in ("scale", "gain")
         assert value.size == size
         np.testing.assert_allclose(value, first if multiplies else 0.0, rtol=1e-6)
-        expected = expected * values[name] if multiplies else expected
+        factor = values[name] + 1 if norm.endswith("plus-one") else values[name]
+        expected = expected * factor if multiplies else expected
     for name in {"offset", "shift"} & set(start):
         expected = expected + values[name]
     np.testing.assert_allclose(y_BTD, expected, rtol=0, atol=1e-5)
@@ -188,7 +196,9 @@ def test_norms_of_bfloat16_are_computed_in_float32() -> None:
 def test_rotation_turns_interleaved_pairs_by_their_position(n_rotated: int) -> None:
     x_BTHK = np.random.default_rng(0).normal(size=(2, 5, 3, 8)).astype(np.float32)
     positions_BT = np.array([[0, 1, 2, 3, 4], [7, 300, 301, 1000, 2047]])
-    y_BTHK = rotate(jnp.asarray(x_BTHK), rotary_angles(jnp.asarray(positions_BT), n_rotated))
+    cfg = model_config(pe_rotary_dims=n_rotated, d_head=8)
+    cos_BTR, sin_BTR = rotary(jnp.asarray(positions_BT), cfg)
+    y_BTHK = rotate(jnp.asarray(x_BTHK), cos_BTR, sin_BTR, halves=False)
     pairs = x_BTHK[..., :n_rotated:2] + 1j * x_BTHK[..., 1:n_rotated:2]
     frequency = 10_000.0 ** (-np.arange(0, n_rotated, 2) / n_rotated)
     turned = pairs * np.exp(1j * positions_BT[:, :, None, None] * frequency)
@@ -347,7 +357,7 @@ def test_an_attention_that_cannot_run_says_every_reason_and_what_to_do(
     name: str, on: tuple[str, str], keys: dict[str, Any], reasons: list[str]
 ) -> None:
     """Asked of a stand-in, as no configuration holds all of this: cuDNN in float32 is refused."""
-    fits_any = {"compute_dtype": "bfloat16", "d_head": 128, "seq": 256, "pe": "rotary"}
+    fits_any = {"compute_dtype": "bfloat16", "d_head": 128, "seq": 256, "pe": "rotary", "window": 0}
     model: Any = types.SimpleNamespace(**fits_any | keys, attention=name)
     with pytest.raises(UserError) as error:
         implementation_for(model, device(*on))

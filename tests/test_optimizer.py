@@ -36,7 +36,7 @@ def configured(**keys: Any) -> OptimizerConfig:
     return OptimizerConfig(**chosen | keys)
 
 
-OPTIMIZER = make_optimizer(configured())
+OPTIMIZER = make_optimizer(configured(), "layernorm")
 update = jax.jit(OPTIMIZER.update)
 
 
@@ -107,7 +107,7 @@ def test_gradients_are_clipped_to_norm_one_before_adam(norm: float) -> None:
 
 
 def test_the_first_update_of_a_warm_up_changes_nothing() -> None:
-    optimizer = make_optimizer(configured(warmup_steps=5))
+    optimizer = make_optimizer(configured(warmup_steps=5), "layernorm")
     once = jax.jit(optimizer.update)
     updates, state = once(PARAMS, optimizer.init(PARAMS), PARAMS)
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(updates))
@@ -133,7 +133,7 @@ def test_one_update_moves_the_original_s_weights_where_the_original_moved_them()
     params, grads, mu, nu, after = (
         nested(run.shards(kind)) for kind in ("params", "grads", "mu", "nu", "after")
     )
-    optimizer = make_optimizer(run.config.optimizer)
+    optimizer = make_optimizer(run.config.optimizer, run.config.model.norm)
     steps_taken = jnp.int32(20)
     state = optax.tree.set(optimizer.init(params), mu=mu, nu=nu, count=steps_taken)
     updates, _ = jax.jit(optimizer.update)(grads, state, params)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -29,6 +30,12 @@ SPREAD = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def spread(folder: Path) -> Run:
+    """A run that nothing stopped: on a 2 x 4 mesh, all spread over the replicas, 2 microbatches."""
+    return uninterrupted(folder, **SPREAD)
 
 
 def uninterrupted(folder: Path, **keys: Any) -> Run:
@@ -90,12 +97,11 @@ def assert_as_if_never_stopped(run: Run, whole: Run) -> None:
     assert run.steps() == whole.steps()
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_saving_then_stopped_in_a_step_ends_as_if_never_stopped(
-    folder: Path,
+    spread: Run,
 ) -> None:
-    """On a 2 x 4 mesh, everything spread over the replicas, two microbatches a step."""
-    whole = uninterrupted(folder, **SPREAD)
-    run = whole.but("stopped")
+    run = spread.but("stopped")
     kill(run, saving(run, 10, inside="state"))
     happened = logged(run, 11)
     process = run.train()
@@ -108,15 +114,33 @@ def test_a_run_killed_while_saving_then_stopped_in_a_step_ends_as_if_never_stopp
     assert 11 < last < TOTAL
     assert f"Stopped at step {last}, which is saved. To go on from the newest" in output
     finish(run)
-    assert_as_if_never_stopped(run, whole)
+    assert_as_if_never_stopped(run, spread)
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_ends_as_if_it_had_not_been(spread: Run) -> None:
+    """The one before is taken, and what was logged after that is logged anew."""
+    run = spread.but("damaged")
+    happened = logged(run, 13)
+    process = run.train()
+    assert wait_until(happened, process), ended(process)
+    process.terminate()
+    ended(process)
+    last = max(run.steps())
+    newest = run.root / "checkpoints" / f"step_{last}"
+    manifest = newest / "state" / "manifest.ocdbt"
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    status, _, errors = ended(run.train())
+    assert status == 0, errors
+    assert f"{newest} is damaged: state/manifest.ocdbt (changed)" in errors
+    aside = newest.with_name(f"damaged_step_{last}")
+    assert f"It is set aside in {aside}; going on from step 10 instead" in errors
+    shutil.rmtree(aside)
+    assert_as_if_never_stopped(run, spread)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keys", [{}, SPREAD | {"zero_stage": 2}], ids=["1x1", "2x4-zero2"])
-def test_a_run_killed_at_every_kind_of_moment_ends_as_if_never_stopped(
-    tmp_path: Path, keys: dict[str, Any]
-) -> None:
-    whole = uninterrupted(tmp_path, **keys)
+def test_a_run_killed_at_every_kind_of_moment_ends_as_if_never_stopped(tmp_path: Path) -> None:
+    whole = uninterrupted(tmp_path, **SPREAD | {"zero_stage": 2})
     run = whole.but("killed")
     some = random.Random(os.environ.get("KILL_SEED", "0")).uniform
     kill_after(run, some(0, 2))  # as programs start

@@ -1,65 +1,15 @@
 """Storage: one small API over local paths and buckets."""
 
 import gzip
-import importlib
 import os
 import pathlib
 import stat
 import sys
-import warnings
-from collections.abc import Iterator
 
 import pytest
-from fake_buckets import FakeBuckets, serve
+from fake_buckets import FakeBuckets
 
 from mesh_transformer import storage
-
-PACKAGES = {"gs": "google.cloud.storage", "s3": "boto3"}
-
-
-def _installed(package: str) -> bool:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ImportWarning)  # google.api_core without grpcio-status
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            return False
-    return True
-
-
-@pytest.fixture
-def buckets(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBuckets]:
-    with serve() as server:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-        storage._connect.cache_clear()
-        yield server
-        storage._connect.cache_clear()
-
-
-@pytest.fixture(params=["local", "gs", "s3"])
-def root(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> str:
-    """Give a folder of each kind of storage: what a test says holds for all three alike."""
-    if request.param == "local":
-        return str(tmp_path / "run")
-    return _bucket_folder(request.param, request)
-
-
-@pytest.fixture(params=["gs", "s3"])
-def remote(request: pytest.FixtureRequest) -> str:
-    return _bucket_folder(request.param, request)
-
-
-def _bucket_folder(scheme: str, request: pytest.FixtureRequest) -> str:
-    if not _installed(PACKAGES[scheme]):
-        extra = storage.EXTRAS[scheme]
-        pytest.skip(f"{scheme}:// needs the extra [{extra}], which is not installed")
-    request.getfixturevalue("buckets")
-    return f"{scheme}://bucket/run"
 
 
 def test_what_is_written_is_what_is_read(root: str) -> None:
@@ -83,6 +33,28 @@ def test_an_opened_file_takes_and_gives_text_and_bytes(root: str) -> None:
         assert file.read(3) == b"\xff\x00\x01"
 
 
+def test_a_range_of_a_file_is_read_by_itself(root: str) -> None:
+    path = storage.join(root, "a.bin")
+    storage.write_bytes_atomically(path, bytes(range(256)))
+    assert storage.size(path) == 256
+    for begin, n in ((0, 256), (3, 10), (250, 6), (9, 0)):
+        buffer = bytearray(n)
+        assert storage.read_into(path, begin, memoryview(buffer)) == n
+        assert buffer == bytes(range(begin, begin + n))
+    assert storage.read_into(path, 250, memoryview(bytearray(10))) == 6
+    for call in (storage.size, lambda path: storage.read_into(path, 0, memoryview(bytearray(1)))):
+        with pytest.raises(FileNotFoundError, match=r"none\.bin"):
+            call(storage.join(root, "none.bin"))
+
+
+def test_a_range_of_a_remote_file_is_one_request(remote: str, buckets: FakeBuckets) -> None:
+    path = storage.join(remote, "a.bin")
+    storage.write_bytes_atomically(path, bytes(1000))
+    before = buckets.n_reads
+    storage.read_into(path, 10, memoryview(bytearray(100)))
+    assert buckets.n_reads == before + 1
+
+
 def test_compressed_files_come_back_as_they_are(root: str) -> None:
     packed = gzip.compress(b"text")
     with storage.open(storage.join(root, "a.gz"), "wb") as file:
@@ -98,6 +70,21 @@ def test_files_and_folders_exist_once_written(root: str) -> None:
     assert storage.exists(path)
     assert storage.exists(storage.join(root, "step_10"))
     assert not storage.exists(storage.join(root, "step_1"))
+
+
+def test_children_are_the_names_in_a_folder(root: str) -> None:
+    assert storage.children(storage.join(root, "none")) == []
+    for name in ("a/x", "a/deep/y", "a/deep/z", "b"):
+        storage.write_text_atomically(storage.join(root, "top", name), "")
+    assert storage.children(storage.join(root, "top")) == ["a", "b"]
+    assert storage.children(storage.join(root, "top", "a")) == ["deep", "x"]
+
+
+def test_a_removed_file_is_gone(root: str) -> None:
+    path = storage.join(root, "file")
+    storage.write_text_atomically(path, "text")
+    storage.remove(path)
+    assert not storage.exists(path)
 
 
 def test_a_missing_file_is_a_file_not_found_error_that_names_it(root: str) -> None:
@@ -154,7 +141,8 @@ def test_missing_credentials_say_how_to_log_in(
 def test_a_missing_package_names_the_extra_to_install(
     scheme: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, PACKAGES[scheme], None)
+    package = {"gs": "google.cloud.storage", "s3": "boto3"}[scheme]
+    monkeypatch.setitem(sys.modules, package, None)
     storage._connect.cache_clear()
     with pytest.raises(storage.StorageError, match=rf'pip install "mesh-transformer\[{extra}\]"'):
         storage.read_bytes(f"{scheme}://bucket/a")

@@ -12,9 +12,10 @@ import small
 
 from mesh_transformer.checkpoints import layout
 from mesh_transformer.checkpoints.native import CheckpointError, Checkpoints
+from mesh_transformer.checkpoints.opening import stored_config
 from mesh_transformer.errors import UserError
 from mesh_transformer.pod.devices import host_devices, one_replica
-from mesh_transformer.pod.worker import Worker, stored_config
+from mesh_transformer.pod.worker import Worker
 from mesh_transformer.session import Restored, Sampling
 from mesh_transformer.training.optimizer import learning_rate, schedule_count
 
@@ -217,6 +218,8 @@ def test_weights_of_another_function_are_refused_though_their_shapes_fit(
         "  - pe is 'rotary' there, 'none' in the configuration",
         "  - pe_rotary_dims is 4 there, 0 in the configuration",
         "  - d_head is 4 there, 8 in the configuration",
+        "  - n_kv_heads is 8 there, 4 in the configuration",
+        "  - attention_scale is 0.5 there, 0.3535533905932738 in the configuration",
     ]
 
 

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 _GOLDEN = 0x9E3779B1  # 2^32 / golden ratio, odd: spreads places over all 32 bits
+_PIECE = 2**22  # elements that the host adds up at a time
 _MIX = (0x85EBCA6B, 0xC2B2AE35)  # the finaliser of MurmurHash3, a public-domain bit mixer
 
 
@@ -32,7 +33,56 @@ def fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
     totals = np.array(ours, np.uint64).astype(np.uint32)
     if jax.process_count() > 1:
         totals = multihost_utils.process_allgather(totals).sum(axis=0, dtype=np.uint32)
-    return {path: f"{total:08x}" for path, total in zip(arrays, totals.tolist(), strict=True)}
+    return {path: as_digits(total) for path, total in zip(arrays, totals.tolist(), strict=True)}
+
+
+def box_sum(part: np.ndarray, starts: Sequence[int], shape: Sequence[int]) -> int:
+    """Add up the part of an array of `shape` that begins at `starts`, in the host's memory.
+
+    The sums of parts that cover the array once add up to what `as_digits` gives the array's
+    fingerprint of.
+    """
+    flat_from = _contiguous_from(part.shape, starts, shape)
+    if flat_from is not None:  # the common case: pieces of few sizes, so that little is compiled
+        flat = part.reshape(-1)
+        pieces = [flat[first : first + _PIECE] for first in range(0, flat.size, _PIECE)]
+        begins = [[flat_from + first] for first in range(0, flat.size, _PIECE)]
+        # Of one dimension, the size says nothing: strides follow from the sizes of later ones.
+        shape = (0,)
+    else:
+        pieces, begins = [part], [list(starts)]
+    total = 0
+    with jax.default_device(_host()):
+        for piece, begin in zip(pieces, begins, strict=True):
+            wrapped = [np.uint32(start % 2**32) for start in begin]
+            total += int(_sum(jax.device_put(piece, _host()), wrapped, tuple(shape)))
+    return total % 2**32
+
+
+def as_digits(total: int) -> str:
+    """Write a sum of sums as the fingerprint it is."""
+    return f"{total % 2**32:08x}"
+
+
+def _contiguous_from(
+    part: Sequence[int], starts: Sequence[int], shape: Sequence[int]
+) -> int | None:
+    """Give the place in the flattened array where a part begins, if the part is one run of it."""
+    wide = [axis for axis, size in enumerate(part) if size > 1]
+    first = wide[0] if wide else len(shape)
+    if any(part[axis] != shape[axis] for axis in range(first + 1, len(shape))):
+        return None
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return sum(start * stride for start, stride in zip(starts, strides, strict=True))
+
+
+@functools.cache
+def _host() -> jax.Device:
+    """Return the host's own processor as a device, or the default device where there is none."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
 
 
 def _device_sums(array: jax.Array) -> list[jax.Array]:

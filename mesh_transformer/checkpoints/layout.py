@@ -10,6 +10,8 @@ owns that folder: it takes what is unfinished there for the remains of a killed 
         files.json            length of each file above, and the checksums of the short ones
         _CHECKPOINT_METADATA  Orbax's own notes (times, handlers)
         commit_success.txt    the marker, written last: a folder without it is not a checkpoint
+    RUN/checkpoints/damaged_step_200/   set aside by a run that could not resume from it; not a
+                                        checkpoint any more, and kept until you delete it
     RUN/checkpoints/step_400.orbax-checkpoint-tmp/    being written; local folders only
 
 On a local disk a checkpoint is written beside its place and then renamed; in a bucket it is written
@@ -24,15 +26,18 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import itertools
 import json
+import math
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import fsspec  # type: ignore[import-untyped]
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -45,8 +50,16 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 FORMAT_VERSION = 1
 MARKER = "commit_success.txt"
 
+CHUNK_BYTES = 128 * 2**20  # bounds what must be fetched to read part of an array
+FILE_BYTES = 2**30  # when Orbax begins another file of arrays
+BY_LAYER_BYTES = 2**20  # a layer's part from which on it is stored by itself
+
 _FILES = "files.json"
 _CHECKSUM_BYTES = 2**20  # of files up to this length; the arrays in longer ones have fingerprints
+_DAMAGE = re.compile("DATA_LOSS")
+_LOCAL_DAMAGE = re.compile("FAILED_PRECONDITION|NOT_FOUND|OUT_OF_RANGE")
+_NO_DAMAGE = re.compile("PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED")
+_REMOTE = re.compile(r"\b(gs|s3|https?)://|\"driver\": *\"(gcs|gcs_grpc|s3|http)\"")
 _TMP = ".orbax-checkpoint-tmp"
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 _OUR_FOLDER = re.compile(rf"step_\d+({re.escape(_TMP)}.*)?")
@@ -54,6 +67,10 @@ _OUR_FOLDER = re.compile(rf"step_\d+({re.escape(_TMP)}.*)?")
 
 class CheckpointError(UserError):
     """A checkpoint cannot be written, or cannot be read as what is asked for."""
+
+
+class Damaged(CheckpointError):
+    """What lies on the disk is not what was saved: to try again or to log in would not help."""
 
 
 def absolute(path: str) -> epath.Path:
@@ -98,6 +115,30 @@ def delete(folder: epath.Path) -> None:
     folder.rmtree()
 
 
+def delete_if_there(folder: epath.Path) -> None:
+    """Delete what a save that failed has left of a step folder."""
+    if folder.exists():
+        delete(folder)
+
+
+def set_aside(folder: epath.Path) -> str:
+    """Make a damaged step folder no checkpoint any more, keeping it to look at where that is cheap.
+
+    A local folder is renamed; in a bucket, which cannot rename, the marker goes, and what stays is
+    removed by the next run's start.
+
+    Returns:
+        Where the folder is now.
+    """
+    if storage.is_remote(str(folder)):
+        (folder / MARKER).unlink(missing_ok=True)
+        return str(folder)
+    others = (f"{folder.name}.{n}" for n in itertools.count(2))
+    names = itertools.chain([folder.name], others)
+    places = (folder.with_name(f"damaged_{name}") for name in names)
+    return str(folder.rename(next(place for place in places if not place.exists())))
+
+
 def being_written(folder: epath.Path) -> epath.Path:
     """Name the folder that holds a step until it is committed."""
     return folder if storage.is_remote(str(folder)) else folder.with_name(folder.name + _TMP)
@@ -111,8 +152,26 @@ def list_files(folder: epath.Path) -> None:
 
 
 def damaged_files(folder: epath.Path) -> list[str]:
-    """Name the files of a step folder that are missing or not as they were listed."""
-    listed = json.loads((folder / _FILES).read_text())
+    """Name the files of a step folder that are missing or not as they were listed.
+
+    Raises:
+        CheckpointError: The folder itself is out of reach, so that nothing tells of its files.
+    """
+    found = _damaged_files(folder)
+    if found and not is_complete(folder):  # it was, or nobody would look at its files
+        raise CheckpointError(f"{folder} went away while it was read, its {MARKER} included")
+    return found
+
+
+def _damaged_files(folder: epath.Path) -> list[str]:
+    try:
+        listed = json.loads((folder / _FILES).read_text())
+    except FileNotFoundError:
+        return [f"{_FILES} (missing)"]
+    except ValueError:  # not JSON, or not even text
+        listed = None
+    if not (isinstance(listed, dict) and listed):  # there is always about.json
+        return [f"{_FILES} (changed)"]
     with concurrent.futures.ThreadPoolExecutor() as pool:  # each look into a bucket takes a while
         found = list(pool.map(lambda name: _file_summary(folder / name), listed))
     return [
@@ -134,16 +193,75 @@ def by_path(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def state_handler(read_gb: int | None = None) -> ocp.PyTreeCheckpointHandler:
-    """Make what writes and reads `state/`, with at most `read_gb` gigabytes in flight at a time."""
+def state_handler(
+    read_gb: int | None = None, *handlers: tuple[Any, Any]
+) -> ocp.PyTreeCheckpointHandler:
+    """Make what writes and reads `state/`, with at most `read_gb` gigabytes in flight at a time.
+
+    Args:
+        handlers: Types of leaves and what writes each, if there are other than jax arrays.
+    """
     # Hosts share the writing of what is repeated; one host would only cut arrays up for nothing.
     arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=jax.process_count() > 1)
     return ocp.PyTreeCheckpointHandler(
         use_zarr3=True,
         use_compression=False,
         restore_concurrent_gb=read_gb,
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, arrays), *handlers
+        ),
     )
+
+
+def is_stacked(path: str) -> bool:
+    """Whether the first axis of an array of a state is the layers'."""
+    return "/layers/" in path
+
+
+def save_args(path: str, shape: Sequence[int], dtype: Any) -> ocp.SaveArgs:
+    """Say how an array is cut up on the disk.
+
+    Stacked layers are cut apart, so that one can be read without the others; the small ones are
+    not, of which a pod's hosts would make very many tiny pieces.
+    """
+    by_layer = is_by_layer(is_stacked(path), shape, dtype)
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if by_layer else ())
+
+
+def is_by_layer(stacked: bool, shape: Sequence[int], dtype: Any) -> bool:
+    """Whether the layers of an array are cut apart."""
+    layer_bytes = math.prod(shape[1:]) * np.dtype(dtype).itemsize
+    return stacked and len(shape) > 1 and layer_bytes >= BY_LAYER_BYTES
+
+
+def make_writer(
+    folder: epath.Path, on_written: Callable[[], None], *handlers: tuple[Any, Any]
+) -> ocp.AsyncCheckpointer:
+    """Make what writes step folders like this one.
+
+    Args:
+        folder: Only whether it is in a bucket matters.
+        on_written: Called when all hosts have written and before the commit.
+        handlers: Types of leaves other than jax arrays, and what writes each.
+    """
+    mode = ocp.options.AtomicityMode
+    in_place = storage.is_remote(str(folder))
+    atomicity = ocp.options.AtomicityOptions(
+        mode=mode.COMMIT_FILE if in_place else mode.ATOMIC_RENAME
+    )
+    asynchrony = ocp.options.AsyncOptions(
+        # In the foreground, so that what fails is raised at once and not after a timeout.
+        create_directories_asynchronously=False,
+        post_finalization_callback=on_written,
+    )
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(
+            async_options=asynchrony, atomicity_options=atomicity
+        ),
+        state=state_handler(None, *handlers),
+        about=about_handler(),
+    )
+    return ocp.AsyncCheckpointer(handler, async_options=asynchrony, atomicity_options=atomicity)
 
 
 def about_handler() -> ocp.JsonCheckpointHandler:
@@ -152,12 +270,42 @@ def about_handler() -> ocp.JsonCheckpointHandler:
 
 
 @contextlib.contextmanager
-def named_errors(what: str, advice: str = "") -> Iterator[None]:
-    """Say what could not be done, and what to do, when Orbax raises."""
+def named_errors(what: str, advice: str = "", *, writing: bool = False) -> Iterator[None]:
+    """Say what could not be done, and what to do, when Orbax raises.
+
+    Args:
+        writing: What fails then is never damage, though a disk that is full says "OUT_OF_RANGE".
+    """
     try:
         yield
     except Exception as error:  # Exception itself is what Orbax raises where TensorStore cannot
-        raise CheckpointError(f"{what}: {reason(error)}{advice}") from error
+        kind = Damaged if tells_of_damage(error) and not writing else CheckpointError
+        raise kind(f"{what}: {reason(error)}{advice}") from error
+
+
+def tells_of_damage(error: BaseException) -> bool:
+    """Whether an error of Orbax or TensorStore says that bytes are lost or are not what they were.
+
+    Outages, permissions and full disks say something else, and what fits no known saying is taken
+    for one of them. A bucket also says that there is no such file, or that a condition failed,
+    where a bucket or a permission is missing or somebody else writes; so there only bytes that
+    are read and are wrong are damage, and files that `damaged_files` misses.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return True
+    text = str(error)
+    if _NO_DAMAGE.search(text):
+        return False
+    if isinstance(error, OSError):
+        return isinstance(error, FileNotFoundError) and not _is_of_bucket(error)
+    return bool(_DAMAGE.search(text) or (_LOCAL_DAMAGE.search(text) and not _REMOTE.search(text)))
+
+
+def _is_of_bucket(error: OSError) -> bool:
+    """Whether a file is missed in a bucket; the clients' errors have the path but no number."""
+    return error.errno is None or bool(_REMOTE.search(f"{error} {error.filename}"))
 
 
 def reason(error: BaseException) -> str:
@@ -190,7 +338,8 @@ def _file_names(folder: epath.Path, inside: str) -> list[str]:
 
 def _file_summary(path: epath.Path) -> list[int | None]:
     """Give a file's length, and its checksum if it is short; nothing if there is no such file."""
-    if not path.exists():
+    try:
+        length = path.stat().length
+        return [length, zlib.crc32(path.read_bytes()) if length <= _CHECKSUM_BYTES else None]
+    except FileNotFoundError:
         return []
-    length = path.stat().length
-    return [length, zlib.crc32(path.read_bytes()) if length <= _CHECKSUM_BYTES else None]

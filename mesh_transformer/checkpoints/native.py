@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import fcntl
 import json
 import logging
-import os
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -28,24 +26,24 @@ from jax.experimental import multihost_utils
 from mesh_transformer import storage
 from mesh_transformer.checkpoints import layout, reading, retention
 from mesh_transformer.checkpoints.fingerprint import fingerprints
-from mesh_transformer.checkpoints.layout import CheckpointError
+from mesh_transformer.checkpoints.layout import CheckpointError, Damaged
 from mesh_transformer.checkpoints.reading import locate, read_extra, restore, restore_params
-from mesh_transformer.errors import InUse
 
 __all__ = [
     "CheckpointError",
     "Checkpoints",
+    "Damaged",
     "locate",
     "read_extra",
     "restore",
     "restore_params",
 ]
 
-_CHUNK_BYTES = 128 * 2**20  # bounds what must be fetched to read part of an array
-_FILE_BYTES = 2**30  # when Orbax begins another file of arrays
 _NOTICE_SECONDS = 60.0  # between lines that say that a save is waited for
 
 _logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Checkpoints:
@@ -75,10 +73,13 @@ class Checkpoints:
         self._folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as lock:
             if not storage.is_remote(root) and jax.process_index() == 0:
-                lock.enter_context(_alone(root, self._folder))
+                taken = f"another process trains in {root}: end it, or set another model_dir"
+                lock.enter_context(storage.alone(str(self._folder), taken))
             self._remove_unfinished()
             _all_processes("unfinished removed")
-            self._writer = self._make_writer()
+            self._writer = layout.make_writer(
+                self._folder, lambda: layout.list_files(self._being_written)
+            )
             self._lock = lock.pop_all()
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._being_written = self._folder
@@ -124,14 +125,17 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(
                 arrays,
-                save_args=dict.fromkeys(arrays, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)),
-                ocdbt_target_data_file_size=_FILE_BYTES,
+                save_args={
+                    path: layout.save_args(path, leaf.shape, leaf.dtype)
+                    for path, leaf in arrays.items()
+                },
+                ocdbt_target_data_file_size=layout.FILE_BYTES,
             ),
             about=ocp.args.JsonSave(json.loads(json.dumps(about))),
         )
         self._being_written = layout.being_written(folder)
         begun = time.monotonic()
-        with layout.named_errors(f"saving step {step} to {folder} failed"):
+        with layout.named_errors(f"saving step {step} to {folder} failed", writing=True):
             self._writer.save(folder, args=items, force=True)
         self._pending = (step, begun, self._background.submit(self._commit))
 
@@ -185,6 +189,40 @@ class Checkpoints:
         """Give up every checkpoint, so that training can start over."""
         self.delete_after(-1)
 
+    def newest_sound(self, read: Callable[[int], T]) -> T | None:
+        """Read the newest checkpoint, or the newest that is not damaged.
+
+        Those found damaged on the way are set aside, with a warning, but for the last that there
+        is: a run that cannot go on must not begin anew unasked.
+
+        Args:
+            read: Reads a step, and raises Damaged on all processes or on none.
+
+        Returns:
+            What `read` does; None if there is no checkpoint.
+
+        Raises:
+            Damaged: So are all that there are.
+        """
+        while (step := self.latest()) is not None:
+            try:
+                return read(step)
+            except Damaged as error:
+                earlier = self.steps()[:-1]
+                if not earlier:
+                    raise
+                place = self._set_aside(step)
+                message = "%s\n  It is set aside in %s; going on from step %d instead"
+                _logger.warning(message, error, place, earlier[-1])
+        return None
+
+    def _set_aside(self, step: int) -> str:
+        folder = self._step_folder(step)
+        _all_processes("about to set aside")  # or some might still look at what others rename
+        place = layout.set_aside(folder) if jax.process_index() == 0 else str(folder)
+        _all_processes("set aside")
+        return place
+
     def restore(
         self, step: int, target: Any, *, config: Mapping[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
@@ -199,7 +237,9 @@ class Checkpoints:
 
     def read_extra(self, step: int) -> dict[str, Any]:
         """Give back the `extra` that the checkpoint of a step was saved with."""
-        return reading.read_extra(self._existing(step))
+        folder = self._existing(step)
+        with reading.agreed(folder):
+            return reading.read_extra(folder)
 
     def _step_folder(self, step: int) -> epath.Path:
         return layout.step_folder(self._folder, step)
@@ -229,46 +269,6 @@ class Checkpoints:
             for folder in layout.unfinished(self._folder):
                 _logger.warning("removing %s, which was never finished", folder)
                 layout.delete(folder)
-
-    def _make_writer(self) -> ocp.AsyncCheckpointer:
-        mode = ocp.options.AtomicityMode
-        in_place = storage.is_remote(str(self._folder))
-        atomicity = ocp.options.AtomicityOptions(
-            mode=mode.COMMIT_FILE if in_place else mode.ATOMIC_RENAME
-        )
-        asynchrony = ocp.options.AsyncOptions(
-            # In the foreground, so that what fails is raised at once and not after a timeout.
-            create_directories_asynchronously=False,
-            # Called when all hosts have written and before the commit.
-            post_finalization_callback=lambda: layout.list_files(self._being_written),
-        )
-        handler = ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(
-                async_options=asynchrony, atomicity_options=atomicity
-            ),
-            state=layout.state_handler(),
-            about=layout.about_handler(),
-        )
-        return ocp.AsyncCheckpointer(handler, async_options=asynchrony, atomicity_options=atomicity)
-
-
-@contextlib.contextmanager
-def _alone(root: str, folder: epath.Path) -> Iterator[None]:
-    """Keep other processes out of a folder, until the `with` block ends or this process dies.
-
-    The lock is on the folder itself: no file is left, and what this process starts inherits none.
-    """
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InUse(
-                f"another process trains in {root}: end it, or set another model_dir"
-            ) from error
-        yield
-    finally:
-        os.close(held)
 
 
 def _all_processes(what: str) -> None:

@@ -144,13 +144,25 @@ def _in_processes(
     )
     try:
         for task in tasks:
-            pending.append((task[0].place, pool.submit(_work, task)))
+            pending.append((task[0].place, _submitted(pool, task)))
             if len(pending) > 2 * workers:
                 yield _result(*pending.popleft())
         while pending:
             yield _result(*pending.popleft())
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submitted(
+    pool: concurrent.futures.ProcessPoolExecutor, task: list[Piece]
+) -> concurrent.futures.Future[_Encoded]:
+    try:
+        return pool.submit(_work, task)
+    except concurrent.futures.process.BrokenProcessPool as error:
+        # A worker died just now. Its own task comes first in the order and names the place.
+        refused: concurrent.futures.Future[_Encoded] = concurrent.futures.Future()
+        refused.set_exception(error)
+        return refused
 
 
 def _result(place: str, future: concurrent.futures.Future[_Encoded]) -> _Encoded:

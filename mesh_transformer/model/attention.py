@@ -1,12 +1,15 @@
 """Attention: one function, with an implementation for each platform, and the key-value cache.
 
 Slot s of the keys holds position s, in training and in the cache alike, so one rule says what a
-query sees: the slots up to its own position. Sequences of different lengths share a batch by
-padding on the right; a padded slot lies beyond every real position until it is overwritten.
+query sees: the slots up to its own position, or the last of these within a window. Sequences of
+different lengths share a batch by padding on the right; a padded slot lies beyond every real
+position until it is overwritten.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -14,41 +17,28 @@ import jax.numpy as jnp
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.errors import UserError
-from mesh_transformer.sharding import over_mp, shard
+from mesh_transformer.model.positions import Positions
+from mesh_transformer.sharding import axis_size, over_mp, shard
 
 Implementation = Literal["xla", "cudnn", "splash"]
-
-
-class Positions(NamedTuple):
-    """Where the tokens stand, and what follows from it; computed once, used by every layer.
-
-    Attributes:
-        ids_BT: int32 position of each token; B may be 1 where all sequences agree.
-        angles_BTR: float32 rotary angle of each rotated pair of features, or None.
-        bias_BHTS: float32 added to the attention logits, or None.
-    """
-
-    ids_BT: jax.Array
-    angles_BTR: jax.Array | None = None
-    bias_BHTS: jax.Array | None = None
 
 
 class Cache(NamedTuple):
     """Keys (already rotated) and values of all layers, written in place, one slot per position.
 
     Attributes:
-        k_LBSHK: Keys in the compute dtype.
-        v_LBSHK: Values in the compute dtype.
+        k_LBSGK: Keys in the compute dtype.
+        v_LBSGK: Values in the compute dtype.
         layer: int32, the layer that reads and writes now.
     """
 
-    k_LBSHK: jax.Array
-    v_LBSHK: jax.Array
+    k_LBSGK: jax.Array
+    v_LBSGK: jax.Array
     layer: jax.Array
 
-    def append(self, k_BTHK: jax.Array, v_BTHK: jax.Array, positions_BT: jax.Array) -> Cache:
+    def append(self, k_BTGK: jax.Array, v_BTGK: jax.Array, positions_BT: jax.Array) -> Cache:
         """Write this layer's keys and values of the given tokens into their slots."""
-        slots_BT = jnp.broadcast_to(positions_BT, k_BTHK.shape[:2])
+        slots_BT = jnp.broadcast_to(positions_BT, k_BTGK.shape[:2])
         at_BT2 = jnp.stack((jnp.full_like(slots_BT, self.layer), slots_BT), axis=-1)
         # B as a batch of the scatter, not an index: so it stays spread over `dp`.
         dims = jax.lax.ScatterDimensionNumbers(
@@ -58,90 +48,120 @@ class Cache(NamedTuple):
             operand_batching_dims=(1,),
             scatter_indices_batching_dims=(0,),
         )
-        k_LBSHK, v_LBSHK = (
-            jax.lax.scatter(stack, at_BT2, new_BTHK, dims, mode="drop")
-            for stack, new_BTHK in ((self.k_LBSHK, k_BTHK), (self.v_LBSHK, v_BTHK))
+        k_LBSGK, v_LBSGK = (
+            jax.lax.scatter(stack, at_BT2, new_BTGK, dims, mode="drop")
+            for stack, new_BTGK in ((self.k_LBSGK, k_BTGK), (self.v_LBSGK, v_BTGK))
         )
-        return Cache(k_LBSHK, v_LBSHK, self.layer)
+        return Cache(k_LBSGK, v_LBSGK, self.layer)
 
     def keys_and_values(self) -> tuple[jax.Array, jax.Array]:
-        """Return this layer's keys and values, `BSHK` each."""
-        k_BSHK, v_BSHK = (
+        """Return this layer's keys and values, `BSGK` each."""
+        k_BSGK, v_BSGK = (
             jax.lax.dynamic_index_in_dim(stack, self.layer, keepdims=False)
-            for stack in (self.k_LBSHK, self.v_LBSHK)
+            for stack in (self.k_LBSGK, self.v_LBSGK)
         )
-        return shard(k_BSHK, "BSHK"), shard(v_BSHK, "BSHK")
+        return shard(k_BSGK, "BSGK"), shard(v_BSGK, "BSGK")
+
+
+def n_kv_heads_held(config: ModelConfig) -> int:
+    """Return heads of keys and values in use: copies of each where `mp` does not divide them.
+
+    Each device then has those that its query heads read, as Megatron-LM has it.
+    """
+    return math.lcm(config.n_kv_heads, axis_size("mp"))
 
 
 def attention(
     q_BTHK: jax.Array,
-    k_BSHK: jax.Array,
-    v_BSHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
     positions: Positions,
+    config: ModelConfig,
     *,
     cached: bool,
-    implementation: str,
+    window: jax.Array | None = None,
 ) -> jax.Array:
     """Let each query attend to the slots up to its position; softmax in float32.
 
+    Query head h reads head h G / H of the keys and values, of which G divides H.
+
     Args:
+        config: Its `attention` is one that `implementation_for` returned.
         cached: Whether keys and values come from a cache; otherwise query t stands at slot t, and
             a fused kernel can be used.
-        implementation: As `implementation_for` returns it. Fused kernels serve whole sequences of a
-            multiple of 128 tokens without a bias; anything else is left to XLA.
+        window: int32, how many slots a query sees, itself the last; all if None. Fused kernels
+            serve whole sequences of a multiple of 128 tokens without a bias or a window; anything
+            else is left to XLA.
     """
-    fusible = not cached and positions.bias_BHTS is None and q_BTHK.shape[1] % 128 == 0
-    if implementation == "xla" or not fusible:
-        return plain(q_BTHK, k_BSHK, v_BSHK, positions)
-    kernel = {"cudnn": cudnn, "splash": splash}[implementation]
-    return over_mp(kernel, ("BTHK", "BSHK", "BSHK"), "BTHK")(q_BTHK, k_BSHK, v_BSHK)
+    special = positions.bias_BHTS is not None or window is not None
+    scale = config.attention_scale
+    if config.attention == "xla" or cached or special or q_BTHK.shape[1] % 128:
+        return plain(q_BTHK, k_BSGK, v_BSGK, positions, scale, window)
+    kernel = functools.partial({"cudnn": cudnn, "splash": splash}[config.attention], scale=scale)
+    return over_mp(kernel, ("BTHK", "BSGK", "BSGK"), "BTHK")(q_BTHK, k_BSGK, v_BSGK)
 
 
 def plain(
-    q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, positions: Positions
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    positions: Positions,
+    scale: float,
+    window: jax.Array | None = None,
 ) -> jax.Array:
     """Attention in XLA operations: on every platform, for any positions, with a bias or not.
 
     Values are weighed by exponentials and their sum is divided by that of the weights, as in
     FlashAttention (arXiv:2205.14135): one division per feature instead of one per slot, and a
-    backward pass that sums over features, not slots. Heads stand before tokens, as products want.
+    backward pass that sums over features, not slots. Heads stand before tokens, as products want;
+    queries of heads that share keys stand one after the other, as more tokens of one head.
     """
-    q_BHTK, k_BHSK, v_BHSK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BSHK, v_BSHK))
-    q_BHTK = q_BHTK * jnp.asarray(q_BHTK.shape[-1] ** -0.5, q_BHTK.dtype)
-    logits_BHTS = jnp.einsum("bhtk,bhsk->bhts", q_BHTK, k_BHSK, preferred_element_type=jnp.float32)
+    q_BHTK, k_BGSK, v_BGSK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
+    shape_BHTK, shape_BHTS = q_BHTK.shape, (*q_BHTK.shape[:3], k_BGSK.shape[2])
+    grouped = (*k_BGSK.shape[:2], -1)  # B G, and the queries of a group
+    q_BHTK = q_BHTK * jnp.asarray(scale, q_BHTK.dtype)
+    logits_BHTS = jnp.einsum(
+        "bgqk,bgsk->bgqs",
+        q_BHTK.reshape(*grouped, shape_BHTK[-1]),
+        k_BGSK,
+        preferred_element_type=jnp.float32,
+    ).reshape(shape_BHTS)
     if positions.bias_BHTS is not None:
         logits_BHTS = logits_BHTS + positions.bias_BHTS
-    slots_S = jnp.arange(k_BHSK.shape[2])
-    seen_BTS = slots_S <= positions.ids_BT[:, :, None]
+    slots_S, ids_BT1 = jnp.arange(k_BGSK.shape[2]), positions.ids_BT[:, :, None]
+    seen_BTS = slots_S <= ids_BT1
+    if window is not None:
+        seen_BTS &= slots_S > ids_BT1 - window
     logits_BHTS = jnp.where(seen_BTS[:, None], logits_BHTS, -1e10)
     max_BHT1 = jax.lax.stop_gradient(logits_BHTS.max(-1, keepdims=True))
     weights_BHTS = jnp.exp(logits_BHTS - max_BHT1)
     y_BHTK = jnp.einsum(
-        "bhts,bhsk->bhtk",
-        weights_BHTS.astype(v_BHSK.dtype),
-        v_BHSK,
+        "bgqs,bgsk->bgqk",
+        weights_BHTS.astype(v_BGSK.dtype).reshape(*grouped, shape_BHTS[-1]),
+        v_BGSK,
         preferred_element_type=jnp.float32,
-    )
+    ).reshape(shape_BHTK)
     y_BHTK = y_BHTK / weights_BHTS.sum(-1, keepdims=True)
-    return y_BHTK.swapaxes(1, 2).astype(v_BSHK.dtype)
+    return y_BHTK.swapaxes(1, 2).astype(v_BSGK.dtype)
 
 
-def cudnn(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array) -> jax.Array:
+def cudnn(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, scale: float) -> jax.Array:
     """Causal attention by cuDNN's fused kernel (NVIDIA GPUs, 16-bit floats)."""
     return jax.nn.dot_product_attention(
-        q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn"
+        q_BTHK, k_BTGK, v_BTGK, scale=scale, is_causal=True, implementation="cudnn"
     )
 
 
-def splash(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array) -> jax.Array:
+def splash(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, scale: float) -> jax.Array:
     """Causal attention by JAX's splash kernel (TPU v4 and newer): no T x T logits in memory."""
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
-    length, n_heads, d_head = q_BTHK.shape[1:]
+    length, n_heads = q_BTHK.shape[1:3]
     mask = kernels.MultiHeadMask([kernels.CausalMask((length, length))] * n_heads)
     attend = kernels.make_splash_mha(mask, head_shards=1, q_seq_shards=1)
+    k_BTHK, v_BTHK = (jnp.repeat(x, n_heads // x.shape[2], axis=2) for x in (k_BTGK, v_BTGK))
     q_BHTK, k_BHTK, v_BHTK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
-    return jax.vmap(attend)(q_BHTK * d_head**-0.5, k_BHTK, v_BHTK).swapaxes(1, 2)
+    return jax.vmap(attend)(q_BHTK * scale, k_BHTK, v_BHTK).swapaxes(1, 2)
 
 
 def implementation_for(config: ModelConfig, device: jax.Device) -> Implementation:
@@ -150,7 +170,8 @@ def implementation_for(config: ModelConfig, device: jax.Device) -> Implementatio
     Raises:
         UserError: The configuration forces one that cannot run there; every reason is named.
     """
-    has_bias = (config.pe == "t5", "it takes no bias, which pe t5 adds")
+    has_bias = (config.pe in ("t5", "alibi"), f"it takes no bias, which pe {config.pe} adds")
+    has_window = (config.window > 0, f"it sees all slots before a query, not {config.window}")
     whole = (config.seq % 128 != 0, f"it needs seq a multiple of 128, seq is {config.seq}")
     is_v4_or_newer = not any(old in device.device_kind for old in ("v2", "v3"))
     widest = _widest_cudnn_head(device)
@@ -165,6 +186,7 @@ def implementation_for(config: ModelConfig, device: jax.Device) -> Implementatio
             ),
             whole,
             has_bias,
+            has_window,
         ],
         "splash": [
             (
@@ -174,6 +196,7 @@ def implementation_for(config: ModelConfig, device: jax.Device) -> Implementatio
             whole,
             (config.d_head % 128 != 0, f"it needs d_head a multiple of 128, it is {config.d_head}"),
             has_bias,
+            has_window,
         ],
     }
     reasons = {name: [why for no, why in found if no] for name, found in obstacles.items()}

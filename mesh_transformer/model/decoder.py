@@ -11,19 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.model.attention import Cache, Positions
-from mesh_transformer.model.layers import (
-    PRODUCT,
-    Block,
-    Embed,
-    LearnedPositions,
-    Norm,
-    RelativePositions,
-    Unembed,
-    logits,
-    rotary_angles,
-)
+from mesh_transformer.model.attention import Cache, n_kv_heads_held
+from mesh_transformer.model.layers import PRODUCT, Block, Embed, Head, Norm, Unembed, logits
 from mesh_transformer.model.loss import TokenLoss, next_token_loss
+from mesh_transformer.model.positions import LearnedPositions, positions_of, sinusoidal
 from mesh_transformer.model.weights import cast_at_use
 from mesh_transformer.sharding import shard
 
@@ -53,25 +44,21 @@ class Decoder(hk.Module):
             `logits_BTV` (float32, split over `mp`) or a `TokenLoss`; and the cache, if one came in.
         """
         cfg = self.config
-        slots = tokens_BT.shape[1] if cache is None else cache.k_LBSHK.shape[2]
-        x_BTD = Embed(cfg, name="embed")(tokens_BT)
+        slots = tokens_BT.shape[1] if cache is None else cache.k_LBSGK.shape[2]
+        x_BTD, table_VE = Embed(cfg, name="embed")(tokens_BT)
         if cfg.pe == "fixed":
             x_BTD = x_BTD + LearnedPositions(cfg, name="positions")(positions_BT)
-        positions = Positions(positions_BT)
-        if cfg.pe == "rotary":
-            positions = positions._replace(
-                angles_BTR=rotary_angles(positions_BT, cfg.pe_rotary_dims)
-            )
-        if cfg.pe == "t5":
-            bias = RelativePositions(cfg, name="relative_positions")
-            positions = positions._replace(bias_BHTS=bias(positions_BT, jnp.arange(slots)))
+        if cfg.pe == "sinusoidal":
+            x_BTD = x_BTD + sinusoidal(positions_BT, cfg.d_model).astype(x_BTD.dtype)
+        positions = positions_of(positions_BT, slots, cfg)
 
         def block(
             carry: tuple[jax.Array, Cache | None], layer: jax.Array
         ) -> tuple[tuple[jax.Array, Cache | None], None]:
             x_BTD, cache = carry
             cache = None if cache is None else cache._replace(layer=layer)
-            return Block(cfg, name="block")(x_BTD, positions, cache), None
+            window = window_of(layer, cfg)
+            return Block(cfg, name="block")(x_BTD, positions, cache, window), None
 
         stack = hk.layer_stack(
             cfg.layers, with_per_layer_inputs=True, unroll=cfg.unroll, name="layers"
@@ -79,16 +66,25 @@ class Decoder(hk.Module):
         (x_BTD, cache), _ = stack(kept_for_backward(block, cfg.remat))(
             (x_BTD, cache), jnp.arange(cfg.layers)
         )
-        x_BTD = Norm(cfg, name="final_norm")(x_BTD)
+        if cfg.final_norm:
+            x_BTD = Norm(cfg, name="final_norm")(x_BTD)
         # Read outside what backward recomputes: a spread head is then gathered once.
-        head = Unembed(cfg, name="unembed")()
+        head = Unembed(cfg, name="unembed")(table_VE)
         if targets_BT is None:
-            return logits(x_BTD, *head), cache
+            return logits(x_BTD, head), cache
 
-        def loss(x_BTD: jax.Array, targets_BT: jax.Array, *head: jax.Array) -> TokenLoss:
-            return next_token_loss(logits(x_BTD, *head), targets_BT)
+        def loss(x_BTD: jax.Array, targets_BT: jax.Array, head: Head) -> TokenLoss:
+            return next_token_loss(logits(x_BTD, head), targets_BT)
 
-        return kept_for_backward(loss, cfg.remat)(x_BTD, targets_BT, *head), cache
+        return kept_for_backward(loss, cfg.remat)(x_BTD, targets_BT, head), cache
+
+
+def window_of(layer: jax.Array, config: ModelConfig) -> jax.Array | None:
+    """Return how many slots a query of a layer, counted from 0, sees; None if all ever do."""
+    if not config.window:
+        return None
+    is_local = (layer + 1) % config.window_every == 0
+    return jnp.where(is_local, config.window, jnp.iinfo(jnp.int32).max // 2)
 
 
 class Model(NamedTuple):
@@ -121,9 +117,9 @@ def make_model(config: ModelConfig) -> Model:
 
 def empty_cache(config: ModelConfig, n_sequences: int, n_slots: int) -> Cache:
     """Return a cache with room for `n_slots` positions of each sequence."""
-    shape = (config.layers, n_sequences, n_slots, config.n_heads, config.d_head)
-    zeros_LBSHK = shard(jnp.zeros(shape, config.compute_dtype), "LBSHK")
-    return Cache(zeros_LBSHK, zeros_LBSHK, jnp.int32(0))
+    shape = (config.layers, n_sequences, n_slots, n_kv_heads_held(config), config.d_head)
+    zeros_LBSGK = shard(jnp.zeros(shape, config.compute_dtype), "LBSGK")
+    return Cache(zeros_LBSGK, zeros_LBSGK, jnp.int32(0))
 
 
 def kept_for_backward(part: Callable[..., Any], remat: str) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""The parts of a decoder: norms, position encodings, attention heads, feed-forward, block.
+"""The parts of a decoder: norms, attention heads, feed-forward, block, embedding, head.
 
 Modules take positions and cache as arguments and infer nothing from lengths; every module that
 may change the cache returns it. Weights are made under explicit names, which checkpoints keep.
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import haiku as hk
 import jax
@@ -16,49 +18,72 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.model.attention import Cache, Positions, attention
+from mesh_transformer.model.attention import Cache, attention, n_kv_heads_held
+from mesh_transformer.model.positions import Positions, rotate
 from mesh_transformer.sharding import columns, lookup, rows, shard
 
 PRODUCT = "product"
 """Names, for rematerialisation, what is dear to compute again: products and attention."""
 
-ROTARY_BASE = 10_000.0
-T5_BUCKETS = 32
-T5_MAX_DISTANCE = 128
+PADDING_BIAS = -1e4
+"""Bias of rows that pad a vocabulary: the softmax gives them exactly nothing, in float16 too."""
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_new": jax.nn.gelu,  # the tanh approximation
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
+    "mish": jax.nn.mish,
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+}
+"""By the names that Hugging Face's config.json files use."""
 
 
 @dataclasses.dataclass
 class Norm(hk.Module):
     """Normalise features, in float32, to the input's dtype.
 
-    `layernorm` (arXiv:1607.06450), with epsilon 1e-5 inside the root; `layernorm-nobias` has no
+    `layernorm` (arXiv:1607.06450), with epsilon inside the root; `layernorm-nobias` has no
     offset. `rmsnorm` and `scalenorm` (arXiv:1910.05895) divide by the length of the vector plus
-    1e-5 and multiply by a scale that starts at sqrt(D), a vector for the one, a number for the
-    other; the `-bias` forms add an offset of the same shape.
+    epsilon and multiply by a scale that starts at sqrt(D), a vector for the one, a number for the
+    other; the `-bias` forms add an offset of the same shape. `rmsnorm-mean` (arXiv:1910.07467)
+    divides by the root of the mean square plus epsilon; `-plus-one` multiplies by 1 + scale.
     """
 
     config: ModelConfig
     name: str | None = None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        kind, d_model = self.config.norm, self.config.d_model
+        kind, epsilon = self.config.norm, self.config.norm_epsilon
+        d_model = x_BTD.shape[-1]
         y_BTD = x_BTD.astype(jnp.float32)
+        shape, scale, offset, start = [d_model], "scale", "offset", 1.0
+        has_offset = kind == "layernorm" or kind == "layernorm-desync" or kind.endswith("-bias")
         if kind.startswith("layernorm"):
             y_BTD = y_BTD - y_BTD.mean(-1, keepdims=True)
-            y_BTD = y_BTD * jax.lax.rsqrt(jnp.square(y_BTD).mean(-1, keepdims=True) + 1e-5)
-            shape, scale, offset, start = [d_model], "scale", "offset", 1.0
-            has_offset = kind != "layernorm-nobias"
+            y_BTD = y_BTD * jax.lax.rsqrt(jnp.square(y_BTD).mean(-1, keepdims=True) + epsilon)
+        elif kind.startswith("rmsnorm-mean"):
+            y_BTD = mean_square_normalised(y_BTD, epsilon)
+            start = 1.0 if kind == "rmsnorm-mean" else 0.0
         else:
             length = jnp.sqrt(jnp.square(y_BTD).sum(-1, keepdims=True))
-            y_BTD = y_BTD / (length + 1e-5)
-            vector = kind.startswith("rmsnorm")
-            shape = [d_model] if vector else []
-            scale, offset = ("scale", "offset") if vector else ("gain", "shift")
-            start, has_offset = math.sqrt(d_model), kind.endswith("-bias")
-        y_BTD = y_BTD * hk.get_parameter(scale, shape, init=hk.initializers.Constant(start))
+            y_BTD = y_BTD / (length + epsilon)
+            start = math.sqrt(d_model)
+            if kind.startswith("scalenorm"):
+                shape, scale, offset = [], "gain", "shift"
+        factor = hk.get_parameter(scale, shape, init=hk.initializers.Constant(start))
+        y_BTD = y_BTD * (1 + factor if kind == "rmsnorm-mean-plus-one" else factor)
         if has_offset:
             y_BTD = y_BTD + hk.get_parameter(offset, shape, init=jnp.zeros)
         return y_BTD.astype(x_BTD.dtype)
+
+
+def mean_square_normalised(x: jax.Array, epsilon: float) -> jax.Array:
+    """Divide by the root of the mean square of the last axis (RMSNorm without its scale)."""
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
 
 
 @dataclasses.dataclass
@@ -79,93 +104,198 @@ class Matrix(hk.Module):
         return hk.get_parameter("b", [self.n_out], init=jnp.zeros).astype(dtype)
 
 
+Product = tuple[jax.Array, str]
+"""A matrix to multiply by, and its dimensions, as `columns` takes them."""
+
+
 @dataclasses.dataclass
 class Block(hk.Module):
-    """GPT-J's parallel residual: `x + Attention(Norm(x)) + FeedForward(Norm(x))`, one norm.
+    """One layer: attention and feed-forward, each added to its input (`residual` says how).
 
-    Both branches read one input and add into one output, so the block needs one all-reduce over
-    `mp` forward and one backward. GELU is the tanh approximation (Hugging Face's `gelu_new`).
+    GPT-J's parallel form, `x + Attention(Norm(x)) + FeedForward(Norm(x))`, has one norm: both
+    branches read one input and add into one output, so the block needs one all-reduce over `mp`
+    forward and one backward. "parallel-untied" is GPT-NeoX's, "sequential" GPT-2's, and
+    "post-norm", the first transformer's, normalises each sum.
     """
 
     config: ModelConfig
     name: str | None = None
 
     def __call__(
-        self, x_BTD: jax.Array, positions: Positions, cache: Cache | None
+        self,
+        x_BTD: jax.Array,
+        positions: Positions,
+        cache: Cache | None,
+        window: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         cfg = self.config
-        width, read_stddev = cfg.n_heads * cfg.d_head, cfg.d_model**-0.5
-        write_stddev = 2 / cfg.layers / math.sqrt(cfg.d_model)
-        with hk.name_scope("attention"):
-            q, k, v = (Matrix(cfg.d_model, width, read_stddev, name=name) for name in "qkv")
-            o = Matrix(width, cfg.d_model, write_stddev, name="o")
-        with hk.name_scope("ff"):
-            ff_in = Matrix(cfg.d_model, cfg.d_ff, read_stddev, name="in")
-            ff_out = Matrix(cfg.d_ff, cfg.d_model, write_stddev, name="out")
+        heads, ff = Heads.of(cfg), FeedForward.of(cfg)
+        norm = Norm(cfg, name="norm")
+        ff_norm = norm if cfg.residual == "parallel" else Norm(cfg, name="ff_norm")
+        if cfg.residual in ("sequential", "post-norm"):
+            post = cfg.residual == "post-norm"
+            read, then = (lambda x: x, norm) if post else (norm, lambda x: x)
+            made = _products(read(x_BTD), heads.inputs())
+            a_BTH, cache = attend(heads, made, positions, cache, cfg, window)
+            a_BTD = heads.add_bias(rows((a_BTH, heads.o(), "HD")))
+            x_BTD = then(shard(x_BTD + a_BTD, "BTD"))
+            read, then = (lambda x: x, ff_norm) if post else (ff_norm, lambda x: x)
+            h_BTF = ff.hidden(_products(read(x_BTD), ff.inputs()))
+            return then(shard(x_BTD + ff.add_bias(rows((h_BTF, ff.out(), "FD"))), "BTD")), cache
+        if cfg.residual == "parallel":
+            made = _products(norm(x_BTD), (*heads.inputs(), *ff.inputs()))
+        else:
+            made = (
+                *_products(norm(x_BTD), heads.inputs()),
+                *_products(ff_norm(x_BTD), ff.inputs()),
+            )
+        a_BTH, cache = attend(heads, made[:3], positions, cache, cfg, window)
+        h_BTF = ff.hidden(made[3:])
+        z_BTD = rows((a_BTH, heads.o(), "HD"), (h_BTF, ff.out(), "FD"))
+        return shard(x_BTD + ff.add_bias(heads.add_bias(z_BTD)), "BTD"), cache
 
-        y_BTD = Norm(cfg, name="norm")(x_BTD)
-        q_BTH, k_BTH, v_BTH, h_BTF = (
-            checkpoint_name(product, PRODUCT)
-            for product in columns(y_BTD, (q(), "DH"), (k(), "DH"), (v(), "DH"), (ff_in(), "DF"))
+
+def _products(y_BTD: jax.Array, weights: tuple[Product, ...]) -> tuple[jax.Array, ...]:
+    return tuple(checkpoint_name(product, PRODUCT) for product in columns(y_BTD, *weights))
+
+
+class FeedForward(NamedTuple):
+    """The weights of a feed-forward layer: to hidden features, their gate if any, and back."""
+
+    up: Matrix
+    gate: Matrix | None
+    out: Matrix
+    config: ModelConfig
+
+    @staticmethod
+    def of(config: ModelConfig) -> FeedForward:
+        read, write = _stddevs(config)
+        d_model, d_ff = config.d_model, config.d_ff
+        with hk.name_scope("ff"):
+            up = Matrix(d_model, d_ff, read, name="in")
+            gate = Matrix(d_model, d_ff, read, name="gate") if config.gated else None
+            return FeedForward(up, gate, Matrix(d_ff, d_model, write, name="out"), config)
+
+    def inputs(self) -> tuple[Product, ...]:
+        """Return what the layer's input is multiplied by."""
+        return tuple((it(), "DF") for it in (self.up, self.gate) if it is not None)
+
+    def hidden(self, products: tuple[jax.Array, ...]) -> jax.Array:
+        """Return the hidden features `BTF` of the products with `inputs`."""
+        dtype, act = products[0].dtype, ACTIVATIONS[self.config.activation]
+        matrices = [it for it in (self.up, self.gate) if it is not None]
+        made = [
+            x_BTF + it.bias(dtype) if self.config.ff_bias else x_BTF
+            for x_BTF, it in zip(products, matrices, strict=True)
+        ]
+        return shard(act(made[0]) if self.gate is None else made[0] * act(made[1]), "BTF")
+
+    def add_bias(self, z_BTD: jax.Array) -> jax.Array:
+        return z_BTD + self.out.bias(z_BTD.dtype) if self.config.ff_bias else z_BTD
+
+
+class Heads(NamedTuple):
+    """The weights of attention: to queries, keys and values, and back from what heads return."""
+
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    o: Matrix
+    q_norm: HeadNorm
+    k_norm: HeadNorm
+    config: ModelConfig
+
+    @staticmethod
+    def of(config: ModelConfig) -> Heads:
+        read, write = _stddevs(config)
+        d_model, width = config.d_model, config.n_heads * config.d_head
+        kv_width = config.n_kv_heads * config.d_head
+        with hk.name_scope("attention"):
+            return Heads(
+                Matrix(d_model, width, read, name="q"),
+                Matrix(d_model, kv_width, read, name="k"),
+                Matrix(d_model, kv_width, read, name="v"),
+                Matrix(width, d_model, write, name="o"),
+                HeadNorm(config, name="q_norm"),
+                HeadNorm(config, name="k_norm"),
+                config,
+            )
+
+    def inputs(self) -> tuple[Product, ...]:
+        """Return what the layer's input is multiplied by."""
+        kv = ((self._copied(it()), "DG") for it in (self.k, self.v))
+        return ((self.q(), "DH"), *kv)
+
+    def split(self, products: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return queries `BTHK`, keys and values `BTGK` of the products with `inputs`."""
+        cfg, dtype = self.config, products[0].dtype
+        q_BTH, k_BTG, v_BTG = products
+        if cfg.qkv_bias:
+            q_BTH = q_BTH + self.q.bias(dtype)
+            k_BTG = k_BTG + self._copied(self.k.bias(dtype))
+            v_BTG = v_BTG + self._copied(self.v.bias(dtype))
+        q_BTHK, k_BTGK, v_BTGK = (
+            shard(x.reshape(*x.shape[:2], -1, cfg.d_head), dims)
+            for x, dims in ((q_BTH, "BTHK"), (k_BTG, "BTGK"), (v_BTG, "BTGK"))
         )
-        a_BTH, cache = attend(q_BTH, k_BTH, v_BTH, positions, cache, cfg)
-        a_BTH = checkpoint_name(a_BTH, PRODUCT)
-        h_BTF = shard(jax.nn.gelu(h_BTF + ff_in.bias(h_BTF.dtype)), "BTF")
-        z_BTD = rows((a_BTH, o(), "HD"), (h_BTF, ff_out(), "FD"))
-        return shard(x_BTD + z_BTD + ff_out.bias(z_BTD.dtype), "BTD"), cache
+        if cfg.qk_norm:
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        return q_BTHK, k_BTGK, v_BTGK
+
+    def _copied(self, x: jax.Array) -> jax.Array:
+        """Repeat heads of keys or values, the last axis, where `mp` does not divide them."""
+        cfg = self.config
+        copies = n_kv_heads_held(cfg) // cfg.n_kv_heads
+        if copies == 1:
+            return x
+        heads = x.reshape(*x.shape[:-1], cfg.n_kv_heads, cfg.d_head)
+        return jnp.repeat(heads, copies, axis=-2).reshape(*x.shape[:-1], -1)
+
+    def add_bias(self, z_BTD: jax.Array) -> jax.Array:
+        return z_BTD + self.o.bias(z_BTD.dtype) if self.config.o_bias else z_BTD
+
+
+def _stddevs(config: ModelConfig) -> tuple[float, float]:
+    """Return the deviations of weights that read the residual stream and of those that write it."""
+    return config.d_model**-0.5, 2 / config.layers / math.sqrt(config.d_model)
+
+
+@dataclasses.dataclass
+class HeadNorm(hk.Module):
+    """RMSNorm of each head's features, all heads by one scale (arXiv:2302.05442, Qwen3's form)."""
+
+    config: ModelConfig
+    name: str | None = None
+
+    def __call__(self, x_BTHK: jax.Array) -> jax.Array:
+        y_BTHK = mean_square_normalised(x_BTHK.astype(jnp.float32), self.config.norm_epsilon)
+        scale_K = hk.get_parameter("scale", [self.config.d_head], init=jnp.ones)
+        return (y_BTHK * scale_K).astype(x_BTHK.dtype)
 
 
 def attend(
-    q_BTH: jax.Array,
-    k_BTH: jax.Array,
-    v_BTH: jax.Array,
+    heads: Heads,
+    products: tuple[jax.Array, ...],
     positions: Positions,
     cache: Cache | None,
     config: ModelConfig,
+    window: jax.Array | None,
 ) -> tuple[jax.Array, Cache | None]:
-    """Split heads, rotate, append to the cache if there is one, and attend."""
-    q_BTHK, k_BTHK, v_BTHK = (
-        shard(x.reshape(*x.shape[:2], config.n_heads, config.d_head), "BTHK")
-        for x in (q_BTH, k_BTH, v_BTH)
-    )
-    if positions.angles_BTR is not None:
-        q_BTHK, k_BTHK = (rotate(x, positions.angles_BTR) for x in (q_BTHK, k_BTHK))
+    """Split heads, rotate, append to the cache if there is one, and attend; `BTH`."""
+    q_BTHK, k_BTGK, v_BTGK = heads.split(products)
+    if positions.cos_BTR is not None and positions.sin_BTR is not None:
+        halves = config.pe == "rotary-half"
+        q_BTHK, k_BTGK = (
+            rotate(x, positions.cos_BTR, positions.sin_BTR, halves=halves) for x in (q_BTHK, k_BTGK)
+        )
     if cache is not None:
-        cache = cache.append(k_BTHK, v_BTHK, positions.ids_BT)
-        k_BTHK, v_BTHK = cache.keys_and_values()
+        cache = cache.append(k_BTGK, v_BTGK, positions.ids_BT)
+        k_BTGK, v_BTGK = cache.keys_and_values()
     y_BTHK = attention(
-        q_BTHK,
-        k_BTHK,
-        v_BTHK,
-        positions,
-        cached=cache is not None,
-        implementation=config.attention,
+        q_BTHK, k_BTGK, v_BTGK, positions, config, cached=cache is not None, window=window
     )
-    return shard(y_BTHK.reshape(q_BTH.shape), "BTH"), cache
-
-
-def rotary_angles(positions_BT: jax.Array, n_rotated: int) -> jax.Array:
-    """Return the angle of each pair of features: position times 10000^(-2i / n_rotated).
-
-    In float32: bfloat16 rounds position 257 to 256, and the sine of the two is very different.
-    """
-    frequency_R = ROTARY_BASE ** (-jnp.arange(0, n_rotated, 2, dtype=jnp.float32) / n_rotated)
-    return positions_BT[..., None].astype(jnp.float32) * frequency_R
-
-
-def rotate(x_BTHK: jax.Array, angles_BTR: jax.Array) -> jax.Array:
-    """Rotate the first 2 R features of each head, in interleaved pairs, by their angles.
-
-    Rotary positions (arXiv:2104.09864); the remaining features pass unchanged.
-    """
-    n_rotated = 2 * angles_BTR.shape[-1]
-    cos_BTHR, sin_BTHR = (f(angles_BTR)[:, :, None, :] for f in (jnp.cos, jnp.sin))
-    pairs = x_BTHK[..., :n_rotated].astype(jnp.float32)
-    pairs = pairs.reshape(*pairs.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    rotated = jnp.stack((even * cos_BTHR - odd * sin_BTHR, odd * cos_BTHR + even * sin_BTHR), -1)
-    rotated_BTHK = rotated.reshape(*x_BTHK.shape[:-1], n_rotated).astype(x_BTHK.dtype)
-    return jnp.concatenate((rotated_BTHK, x_BTHK[..., n_rotated:]), axis=-1)
+    y_BTH = shard(y_BTHK.reshape(*y_BTHK.shape[:2], -1), "BTH")
+    return checkpoint_name(y_BTH, PRODUCT), cache
 
 
 @dataclasses.dataclass
@@ -175,72 +305,71 @@ class Embed(hk.Module):
     config: ModelConfig
     name: str | None = None
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the embeddings `BTD` of tokens, and the table, which a tied head multiplies by."""
         cfg = self.config
         init = hk.initializers.TruncatedNormal(stddev=cfg.n_vocab**-0.5)
-        table_VD = hk.get_parameter("embeddings", [cfg.n_vocab, cfg.d_model], init=init)
-        b_D = hk.get_parameter("b", [cfg.d_model], init=jnp.zeros)
-        # Added in float32, for the sake of the bias's gradient: a sum over all tokens.
-        return shard((lookup(table_VD, tokens_BT) + b_D).astype(table_VD.dtype), "BTD")
+        table_VE = hk.get_parameter("embeddings", [cfg.n_vocab, cfg.d_embed], init=init)
+        x_BTD = lookup(table_VE, tokens_BT)
+        if cfg.embed_scale != 1:
+            x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
+        if cfg.d_embed != cfg.d_model:
+            project = Matrix(cfg.d_embed, cfg.d_model, cfg.d_embed**-0.5, name="project")
+            x_BTD = x_BTD @ project()
+        if cfg.embed_bias:
+            # Added in float32, for the sake of the bias's gradient: a sum over all tokens.
+            x_BTD = x_BTD + hk.get_parameter("b", [cfg.d_model], init=jnp.zeros)
+        x_BTD = shard(x_BTD.astype(table_VE.dtype), "BTD")
+        return (Norm(cfg, name="norm")(x_BTD) if cfg.embed_norm else x_BTD), table_VE
+
+
+class Head(NamedTuple):
+    """The weights that make logits of the last features.
+
+    Attributes:
+        w_EV: Split over `mp` by V.
+        b_V: A bias, or None.
+        project_DE: What the features are multiplied by before, or None.
+    """
+
+    w_EV: jax.Array
+    b_V: jax.Array | None
+    project_DE: jax.Array | None
 
 
 @dataclasses.dataclass
-class LearnedPositions(hk.Module):
-    """One learned vector per position (`pe: fixed`), added to the token embeddings."""
+class Unembed(hk.Module):
+    """The head `[D, V]`, or the embeddings' table, and its bias; `logits` applies them.
 
-    config: ModelConfig
-    name: str | None = None
-
-    def __call__(self, positions_BT: jax.Array) -> jax.Array:
-        shape = [self.config.seq, self.config.d_model]
-        table_TD = hk.get_parameter(
-            "embeddings", shape, init=hk.initializers.TruncatedNormal(stddev=0.02)
-        )
-        return table_TD[positions_BT]
-
-
-@dataclasses.dataclass
-class RelativePositions(hk.Module):
-    """T5's learned bias per head and bucket of distance (`pe: t5`), shared by all layers.
-
-    arXiv:1910.10683, unidirectional: the first 16 of 32 buckets hold one distance each, the
-    others grow logarithmically up to 128.
+    Rows that pad a vocabulary would have logit 0, which may well be the largest. A head with a bias
+    learns better, as mesh-transformer-jax's did; one without has `PADDING_BIAS` there.
     """
 
     config: ModelConfig
     name: str | None = None
 
-    def __call__(self, positions_BT: jax.Array, slots_S: jax.Array) -> jax.Array:
-        table_HR = hk.get_parameter(
-            "embeddings",
-            [self.config.n_heads, T5_BUCKETS],
-            init=hk.initializers.TruncatedNormal(stddev=0.02),
-        )
-        distance_BTS = jnp.maximum(positions_BT[:, :, None] - slots_S, 0)
-        exact = T5_BUCKETS // 2
-        ratio_BTS = jnp.log(jnp.maximum(distance_BTS, 1) / exact)
-        grown_BTS = ratio_BTS / math.log(T5_MAX_DISTANCE / exact) * (T5_BUCKETS - exact)
-        far_BTS = jnp.minimum(exact + grown_BTS.astype(jnp.int32), T5_BUCKETS - 1)
-        bucket_BTS = jnp.where(distance_BTS < exact, distance_BTS, far_BTS)
-        bias_HBTS = table_HR.astype(jnp.float32)[:, bucket_BTS]
-        return shard(bias_HBTS.swapaxes(0, 1), "BHTS")
-
-
-@dataclasses.dataclass
-class Unembed(hk.Module):
-    """The untied head `[D, V]` and its bias, split over `mp` by V; `logits` applies them."""
-
-    config: ModelConfig
-    name: str | None = None
-
-    def __call__(self) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, table_VE: jax.Array) -> Head:
         cfg = self.config
-        init = hk.initializers.TruncatedNormal(stddev=cfg.d_model**-0.5)
-        w_DV = hk.get_parameter("w", [cfg.d_model, cfg.n_vocab], init=init)
-        return w_DV, hk.get_parameter("b", [cfg.n_vocab], init=jnp.zeros)
+        b_V = project_DE = None
+        if cfg.tie_embeddings:
+            w_EV = shard(table_VE.T, "EV")
+        else:
+            init = hk.initializers.TruncatedNormal(stddev=cfg.d_model**-0.5)
+            w_EV = hk.get_parameter("w", [cfg.d_embed, cfg.n_vocab], init=init)
+        if cfg.head_bias:
+            b_V = hk.get_parameter("b", [cfg.n_vocab], init=jnp.zeros)
+        elif cfg.n_tokens < cfg.n_vocab:
+            b_V = shard(jnp.where(jnp.arange(cfg.n_vocab) < cfg.n_tokens, 0, PADDING_BIAS), "V")
+        if cfg.d_embed != cfg.d_model:
+            project_DE = Matrix(cfg.d_model, cfg.d_embed, cfg.d_model**-0.5, name="project")()
+        return Head(w_EV, b_V, project_DE)
 
 
-def logits(x_BTD: jax.Array, w_DV: jax.Array, b_V: jax.Array) -> jax.Array:
+def logits(x_BTD: jax.Array, head: Head) -> jax.Array:
     """Return float32 logits, split over `mp` by V."""
-    (logits_BTV,) = columns(x_BTD, (w_DV, "DV"), dtype=jnp.float32)
-    return shard(logits_BTV + b_V.astype(jnp.float32), "BTV")
+    if head.project_DE is not None:
+        x_BTD = x_BTD @ head.project_DE
+    (logits_BTV,) = columns(x_BTD, (head.w_EV, "DV"), dtype=jnp.float32)
+    if head.b_V is not None:
+        logits_BTV = logits_BTV + head.b_V.astype(jnp.float32)
+    return shard(logits_BTV, "BTV")

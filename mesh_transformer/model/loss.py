@@ -15,11 +15,13 @@ class TokenLoss(NamedTuple):
         loss_BT: float32 cross-entropy in nats.
         log_z_BT: float32 logarithm of the partition function, log(sum(exp(logits))).
         correct_BT: bool, whether no token is likelier than the target (ties count as right).
+        max_BT: float32, the largest logit.
     """
 
     loss_BT: jax.Array
     log_z_BT: jax.Array
     correct_BT: jax.Array
+    max_BT: jax.Array
 
 
 def next_token_loss(logits_BTV: jax.Array, targets_BT: jax.Array) -> TokenLoss:
@@ -33,13 +35,13 @@ def next_token_loss(logits_BTV: jax.Array, targets_BT: jax.Array) -> TokenLoss:
     log_z_BT = jnp.log(jnp.exp(logits_BTV - max_BT[..., None]).sum(-1)) + max_BT
     is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
     target_BT = jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
-    return TokenLoss(log_z_BT - target_BT, log_z_BT, target_BT >= max_BT)
+    return TokenLoss(log_z_BT - target_BT, log_z_BT, target_BT >= max_BT, max_BT)
 
 
 def z_loss(log_z_BT: jax.Array) -> jax.Array:
     """Return the penalty that keeps the partition function near one: log(Z)^2 per token.
 
     PaLM (arXiv:2204.02311, section 5) weighs it with 1e-4. mesh-transformer-jax meant the same but
-    took the logarithm after subtracting the largest logit.
+    took the logarithm after subtracting the largest logit (see `training.as_original`).
     """
     return jnp.square(log_z_BT)

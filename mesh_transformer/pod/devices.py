@@ -8,7 +8,7 @@ import math
 
 import jax
 
-from mesh_transformer import rules
+from mesh_transformer import relations
 from mesh_transformer.config import Config
 from mesh_transformer.errors import InUse, UserError
 
@@ -28,7 +28,7 @@ def host_devices(config: Config, n_hosts: int = 1) -> list[jax.Device]:
     if wanted % n_hosts:
         raise UserError(
             f"tpu_size is {wanted}, which {n_hosts} hosts cannot share alike: set it to a multiple "
-            f"of {n_hosts}, or ask for {rules.divisors(wanted)} hosts"
+            f"of {n_hosts}, or ask for {relations.divisors(wanted)} hosts"
         )
     wanted //= n_hosts
     with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices it has

@@ -25,14 +25,16 @@ from mesh_transformer.session import SessionLost
 LOOPBACK = "127.0.0.1"
 _TOKEN, _TOKEN_PATH, _MODE = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"
 
-# A machine that does not answer for about five seconds is lost; by Ray's own settings, fifteen. And
-# Ray is to take little of the cores that compute: by itself it reports resources ten times a
-# second, and puts hosts (its workers) behind every other process.
+# A machine that does not answer for about five seconds is lost (by Ray's own settings, fifteen);
+# without this machine's part of Ray, everything ends after ten (sixty). And Ray is to take little
+# of the cores that compute: by itself it reports resources ten times a second, and puts hosts (its
+# workers) behind every other process.
 _SETTINGS = {
     "health_check_initial_delay_ms": 2000,
     "health_check_period_ms": 1000,
     "health_check_timeout_ms": 2000,
     "health_check_failure_threshold": 4,
+    "gcs_rpc_server_reconnect_timeout_s": 10,
     "worker_niceness": 0,
     "raylet_report_resources_period_milliseconds": 1000,
     "enable_metrics_collection": False,
@@ -226,10 +228,17 @@ class Pod:
 
         Raises:
             SessionLost: Machines are missing, and did not come back in time.
-            UserError: A machine's accelerators cannot be shared as asked.
+            UserError: A machine's accelerators cannot be shared as asked, or this machine's own
+                part of Ray has ended.
         """
         if self._n_local is not None:
-            machine = self._cluster.machines()[0]
+            alive = self._cluster.machines()
+            if not alive:  # most often Ray ends this process before
+                raise UserError(
+                    "Ray has ended on this machine, killed or out of memory (dmesg knows): the "
+                    "same command goes on from the last checkpoint"
+                )
+            (machine,) = alive
             if os.environ.get("JAX_PLATFORMS") == "cpu":  # then nothing else is wanted
                 machine = machine._replace(resources={})
             return machine.places(self._n_local)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from mesh_transformer import __version__, storage
-from mesh_transformer.checkpoints import native
+from mesh_transformer import __version__, progress
+from mesh_transformer.checkpoints import native, opening, placing
+from mesh_transformer.checkpoints.fitting import fitted
+from mesh_transformer.checkpoints.source import MU, NU, PARAMS, Source
 from mesh_transformer.config import Config
-from mesh_transformer.config import parse as parse_config
-from mesh_transformer.errors import UserError
 from mesh_transformer.model.sampling import Choice
+from mesh_transformer.pod import checks
 from mesh_transformer.session import Evaluation, Generation, Metrics, Position, Restored, Sampling
 from mesh_transformer.sharding import COMPUTE, fetch, make_mesh, spec
 from mesh_transformer.training.memory import memory_for
@@ -95,7 +96,9 @@ class Worker:
                 than `seq`, not a multiple of the replicas, or outside the vocabulary.
             UserError: The devices' memory is too small.
         """
-        self._check_tokens("ABT1", tokens_ABT1, mask_ABT, self.mesh.shape["dp"])
+        checks.check_tokens(
+            self.config.model, "ABT1", tokens_ABT1, mask_ABT, multiple=self.mesh.shape["dp"]
+        )
         tokens = self._on_mesh(tokens_ABT1.astype(np.int32), "ABT")
         mask = None if mask_ABT is None else self._on_mesh(mask_ABT.astype(np.float32), "ABT")
         state, self._copies = self.state, None  # the copies' memory is free for the step
@@ -110,7 +113,7 @@ class Worker:
             ValueError: As for `train`, but for the number of sequences.
             UserError: The devices' memory is too small.
         """
-        self._check_tokens("BT1", tokens_BT1, mask_BT)
+        checks.check_tokens(self.config.model, "BT1", tokens_BT1, mask_BT)
         n = len(tokens_BT1)
         with memory_for("scoring"):
             tokens = self._on_mesh(self._pad(tokens_BT1.astype(np.int32)), "BT")
@@ -141,7 +144,7 @@ class Worker:
             UserError: A prompt is empty, or does not fit into `seq` with its new tokens; or the
                 devices' memory is too small.
         """
-        self._check_prompts(prompts, max_new_tokens)
+        checks.check_prompts(self.config.model, prompts, max_new_tokens)
         with memory_for("sampling"):
             if self._copies is None:
                 self._copies = self.steps.copies(self.state.params)
@@ -184,13 +187,23 @@ class Worker:
     def restore(self, step: int | None = None) -> Restored | None:
         """Load the newest (or the given) checkpoint of this run; None if there is none yet.
 
+        A newest one that is damaged is set aside, and the one before is taken if there is one; a
+        given step is never replaced.
+
         Raises:
-            native.CheckpointError: It is damaged, or of another model than the configuration's.
+            native.Damaged: It is damaged, and so is what could stand in for it.
+            native.CheckpointError: It cannot be read, or is not of the configuration's model.
         """
         checkpoints = self._own_checkpoints()
-        step = checkpoints.latest() if step is None else step
-        if step is None:
-            return None
+        if step is not None:
+            return self._restore(step)
+        restored = checkpoints.newest_sound(self._restore)
+        if restored is None:
+            opening.check_unused(self.config.checkpoint.root)
+        return restored
+
+    def _restore(self, step: int) -> Restored:
+        checkpoints = self._own_checkpoints()
         before = checkpoints.read_extra(step)["config"]
         self._check_model(before, f"the checkpoint of step {step} in {self.config.checkpoint.root}")
         self._state = self._copies = None  # the devices may not hold two states at once
@@ -204,55 +217,88 @@ class Worker:
         """Take the weights of another run, to train on from step 0.
 
         Args:
-            path: A run's folder or a step folder in it.
+            path: A checkpoint of any format: see `opening.find`.
             fresh_opt: Begin with fresh optimizer moments; otherwise Adam's moments and count go on
-                as they were, and only the learning-rate schedule begins anew.
+                as they were, and only the learning-rate schedule begins anew. Where a checkpoint
+                holds weights alone they begin afresh.
 
         Raises:
             native.CheckpointError: There is no such checkpoint, or it is damaged, of another model,
                 or one of this run's own.
         """
-        folder = located(path)
+        found = opening.find(path)
         own = native.locate(self.config.checkpoint.root)
-        if own and folder.rpartition("/")[0] == own.rpartition("/")[0]:
+        if own and found.folder.rpartition("/")[0] == own.rpartition("/")[0]:
             raise native.CheckpointError(
                 f"{path} is a checkpoint of this very run, which would be overwritten: set another "
                 "model_dir to train on from it at step 0"
             )
-        flat = self.config.to_flat()
-        self._check_model(native.read_extra(folder)["config"], folder)
-        _logger.info("tuning the weights of %s", folder)
+        source = self._opened(found)
+        _logger.info("tuning the weights of %s", found.folder)
+        if not fresh_opt and source.counts is None:
+            _logger.info("it holds weights alone, so the optimizer begins afresh")
+            fresh_opt = True
         wanted = self.steps.state
         # Placed as training leaves it: otherwise the step would be compiled for each placing.
         step = jnp.zeros((), wanted.step.dtype, device=wanted.step.sharding)
         if fresh_opt:
-            params = native.restore_params(folder, wanted.params, config=flat)
+            params = self._read_params(found, source)
             shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted.opt_state)
-            init = jax.jit(make_optimizer(self.config.optimizer).init, out_shardings=shardings)
+            optimizer = make_optimizer(self.config.optimizer, self.config.model.norm)
+            init = jax.jit(optimizer.init, out_shardings=shardings)
             self.state = TrainState(step, params, init(params))
+            return
+        if found.format == "native":
+            state, _ = native.restore(found.folder, wanted, config=self.config.to_flat())
+            params, opt_state = state.params, state.opt_state
         else:
-            state, _ = native.restore(folder, wanted, config=flat)
-            self.state = TrainState(step, state.params, restart_schedule(state.opt_state))
+            params = self._read_params(found, source)
+            with self._reading(source, moments=True) as advance:
+                opt_state = placing.place_opt_state(source, wanted.opt_state, advance)
+        self.state = TrainState(step, params, restart_schedule(opt_state))
 
     def load_weights(self, path: str) -> None:
-        """Take the weights of a run or step folder, to evaluate and sample with; no optimizer.
+        """Take the weights of a checkpoint, to evaluate and sample with; no optimizer.
 
         One replica keeps them in the compute dtype alone, which is what it computes with.
+
+        Args:
+            path: Of any format: see `opening.find`.
 
         Raises:
             native.CheckpointError: There is no such checkpoint, or it is damaged or of another
                 model than the configuration's.
         """
-        folder = located(path)
-        self._check_model(native.read_extra(folder)["config"], folder)
-        params = native.restore_params(
-            folder, self.steps.state.params, config=self.config.to_flat()
-        )
+        found = opening.find(path)
+        params = self._read_params(found, self._opened(found))
         alone = self.mesh.shape["dp"] == 1  # or masters may be spread, which copies never are
         with memory_for("weights"):
             weights = self.steps.copies(params) if alone else params
         self.state = TrainState(jnp.int32(0), weights, ())
         self._copies = weights if alone else None
+
+    def _opened(self, found: opening.Found) -> Source:
+        """Open a checkpoint of any format, and check that it is of the configuration's model."""
+        source = opening.open_source(
+            found, self.config.model, self.config.checkpoint.original_cores
+        )
+        padded = set() if found.format == "native" else {"n_vocab"}  # made to fit on the way
+        self._check_model(source.known, found.folder, _FREE | padded)
+        return fitted(source, self.config.model)
+
+    def _read_params(self, found: opening.Found, source: Source) -> Any:
+        wanted = self.steps.state.params
+        if found.format == "native":  # each process reads its own part
+            flat = self.config.to_flat()
+            return native.restore_params(found.folder, wanted, config=flat, cast=True)
+        with self._reading(source, moments=False) as advance, memory_for("weights"):
+            return placing.place_params(source, wanted, advance)
+
+    def _reading(self, source: Source, *, moments: bool) -> Any:
+        """Show progress while arrays are read."""
+        kinds = (MU, NU) if moments else (PARAMS,)
+        total = sum(array.n_bytes for key, array in source.arrays.items() if key.kind in kinds)
+        return progress.stage("Moments" if moments else "Weights", total)
 
     def close(self) -> None:
         """Wait for a save under way; raises if it failed."""
@@ -267,13 +313,15 @@ class Worker:
             )
         return self._checkpoints
 
-    def _check_model(self, stored: Mapping[str, Any], where: str) -> None:
+    def _check_model(
+        self, stored: Mapping[str, Any], where: str, free: Collection[str] = _FREE
+    ) -> None:
         """Refuse weights of another function: of other shapes, or of the same by chance."""
         model = dataclasses.asdict(self.config.model)
         problems = [
             f"{key} is {stored[key]!r} there, {value!r} in the configuration"
             for key, value in model.items()
-            if key not in _FREE and stored.get(key, value) != value
+            if key not in free and stored.get(key, value) != value
         ]
         if problems:
             heading = f"{where} is of another model; mend the configuration, or read another:"
@@ -298,45 +346,6 @@ class Worker:
         """Repeat the last row until every replica has as many."""
         missing = -len(array) % self.mesh.shape["dp"]
         return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
-
-    def _check_tokens(
-        self, dims: str, tokens: np.ndarray, mask: np.ndarray | None, multiple: int = 1
-    ) -> None:
-        seq, n_vocab = self.config.model.seq, self.config.model.n_vocab
-        rank, shape = len(dims) - 1, tokens.shape
-        sound = tokens.ndim == rank and 0 not in shape
-        if not sound or shape[-2] % multiple or not 2 <= shape[-1] <= seq + 1:
-            raise ValueError(
-                f"tokens_{dims} has the shape {shape}; needed are {rank} dimensions, B a multiple "
-                f"of {multiple} (one part for each replica), T1 from 2 to {seq + 1} (seq + 1)"
-            )
-        if mask is not None and mask.shape != (wanted := (*shape[:-1], shape[-1] - 1)):
-            raise ValueError(f"the mask has the shape {mask.shape}; one per target is {wanted}")
-        low, high = tokens.min(), tokens.max()
-        if low < 0 or high >= n_vocab:
-            raise ValueError(f"token ids run from {low} to {high}; n_vocab is {n_vocab}")
-
-    def _check_prompts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        seq, n_vocab = self.config.model.seq, self.config.model.n_vocab
-        problems = [
-            f"prompt {i} is empty; give it at least one token, such as the end of text"
-            for i, prompt in enumerate(prompts)
-            if not len(prompt)
-        ] + [
-            f"prompt {i} has {len(prompt)} tokens and {max_new_tokens} are to follow, but seq is "
-            f"{seq}: shorten the prompt or ask for fewer"
-            for i, prompt in enumerate(prompts)
-            if len(prompt) + max_new_tokens > seq
-        ]
-        problems += [
-            f"prompt {i} holds the token id {outside[0]}, but n_vocab is {n_vocab}"
-            for i, prompt in enumerate(prompts)
-            if (outside := [token for token in prompt if not 0 <= token < n_vocab])
-        ]
-        if not len(prompts) or max_new_tokens < 1:
-            problems.append("there must be a prompt, and at least one new token asked for")
-        if problems:
-            raise UserError("; ".join(problems))
 
     def _begin(
         self, weights: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
@@ -365,30 +374,3 @@ class Worker:
         while bucket < n_positions:
             bucket *= 2
         return min(bucket, self.config.model.seq)
-
-
-def located(path: str) -> str:
-    """Return the step folder that a path given by a user means.
-
-    Raises:
-        native.CheckpointError: There is no complete checkpoint.
-    """
-    folder = native.locate(path)
-    if folder is None:
-        there = "holds no complete checkpoint" if storage.exists(path) else "does not exist"
-        raise native.CheckpointError(
-            f"{path} {there}; needed is the folder (model_dir) of a run that has saved one, or a "
-            "step folder in it"
-        )
-    return folder
-
-
-def stored_config(path: str) -> Config:
-    """Return the configuration that the checkpoint at a path was saved with.
-
-    Raises:
-        native.CheckpointError: There is no complete checkpoint.
-        ConfigError: It was saved by a release of the library whose configurations differ.
-    """
-    folder = located(path)
-    return parse_config(native.read_extra(folder)["config"], source=folder)

@@ -23,9 +23,10 @@ from jax.sharding import PartitionSpec
 
 from mesh_transformer.config import Config
 from mesh_transformer.model.decoder import Model
-from mesh_transformer.model.loss import TokenLoss, z_loss
+from mesh_transformer.model.loss import TokenLoss
 from mesh_transformer.model.weights import Weight, sum_into_shards
 from mesh_transformer.sharding import axis_size, is_matrix, over_mp, shard, spread_axis, sum_of
+from mesh_transformer.training import as_original
 
 SCATTERED, SPREAD = 2, 3
 """The first stage that scatters the gradient sum, and the first that spreads weights in use."""
@@ -37,7 +38,8 @@ class Gradients(NamedTuple):
     Attributes:
         mean: As params, float32, in the layout of the optimizer state.
         loss: Mean cross-entropy in nats per valid token.
-        last_loss: The same at the last position of each sequence.
+        last_loss: The same at the last position of each sequence. As the original reported them,
+            with `original_shards`, both include the mean z-loss of all valid tokens.
         micro_norm: Root mean square, over microbatches, of the norm of the gradient of one
             microbatch's mean loss. A microbatch is one replica's; in stage 3, all replicas'. None
             where the step is one microbatch.
@@ -117,11 +119,8 @@ def _on_one_replica(
     tokens_ABT1: jax.Array,
     mask_ABT: jax.Array | None,
 ) -> tuple[Any, jax.Array, jax.Array, jax.Array | None]:
-    stage, n_replicas, n_steps = (
-        config.mesh.zero_stage,
-        jax.lax.axis_size("dp"),
-        tokens_ABT1.shape[0],
-    )
+    stage, shards = config.mesh.zero_stage, config.optimizer.original_shards
+    n_replicas, n_steps = jax.lax.axis_size("dp"), tokens_ABT1.shape[0]
     if mask_ABT is None:
         mask_ABT = jnp.ones(tokens_ABT1[..., 1:].shape, jnp.float32)
     n_valid = jnp.maximum(jax.lax.psum(mask_ABT.sum(), "dp"), 1)
@@ -137,9 +136,12 @@ def _on_one_replica(
         )
         seen = score(model, params, tokens_BT1)
         nll = (seen.loss_BT * mask_BT).sum() / n_valid
-        penalty = (z_loss(seen.log_z_BT) * mask_BT).sum() / n_valid
+        penalty = (as_original.penalty(seen, shards) * mask_BT).sum() / n_valid
         last_loss = (seen.loss_BT * mask_BT)[:, -1].sum() / n_valid_last
-        return nll + config.model.z_loss * penalty, (nll, last_loss)
+        total = nll + config.model.z_loss * penalty
+        if shards:
+            return total, (total, last_loss + config.model.z_loss * penalty)
+        return total, (nll, last_loss)
 
     def microbatch(carry: Any, batch: Any) -> Any:
         total, squares = carry
@@ -186,6 +188,8 @@ def _receiver(config: Config, weight: jax.Array, dims: str) -> jax.Array:
 
 def _own_squares(grads: Any, dims: Any, config: Config, n_replicas: int) -> jax.Array:
     """Return this replica's share of the squared norm of a microbatch's gradient."""
+
+    grads = as_original.counted(grads, config.optimizer.original_shards, config.model.norm)
 
     def squares(g: jax.Array, letters: str) -> jax.Array:
         shared = config.mesh.zero_stage >= SPREAD and spread_axis(letters) is None

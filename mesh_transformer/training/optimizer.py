@@ -2,38 +2,62 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mesh_transformer.config import OptimizerConfig
+from mesh_transformer.network import Norm
+from mesh_transformer.sections import OptimizerConfig
+from mesh_transformer.training import as_original
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, norm: Norm) -> optax.GradientTransformation:
     """Return clip, Adam, weight decay, learning rate, as mesh-transformer-jax chains them.
 
     Clip the global norm to 1; Adam (arXiv:1412.6980) with b1 0.9, b2 0.999, epsilon 1e-8; add the
     decay of matrices before the learning rate multiplies both (AdamW, arXiv:1711.05101).
+
+    With `original_shards`, the norm and Adam's updates are what `as_original` makes of them; the
+    state has the same tree and scale as without.
+
+    Args:
+        norm: The model's.
     """
+    shards = config.original_shards
     return optax.chain(
-        clip_by_global_norm(1.0),
-        optax.scale_by_adam(),
+        clip_by_global_norm(1.0, functools.partial(as_original.counted, shards=shards, norm=norm)),
+        adam(functools.partial(as_original.moved, shards=shards, norm=norm)),
         optax.add_decayed_weights(config.weight_decay, mask=is_decayed),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
 
 
-def clip_by_global_norm(longest: float) -> optax.GradientTransformation:
-    """Return the clipping of the global norm (arXiv:1211.5063).
+def adam(moved: Callable[[Any], Any]) -> optax.GradientTransformation:
+    """Return Adam, with `moved` of its updates in their stead."""
+    rule = optax.scale_by_adam()
+
+    def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, Any]:
+        updates, state = rule.update(updates, state, params)
+        return moved(updates), state
+
+    return optax.GradientTransformation(rule.init, update)
+
+
+def clip_by_global_norm(
+    longest: float, counted: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """Return the clipping of the global norm (arXiv:1211.5063), that of `counted` of a gradient.
 
     It multiplies by one factor, where optax's divides each number: a product is computed again by
     each of Adam's moments, a quotient XLA on CPUs stores for them, a second copy of the gradient.
     """
 
     def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, Any]:
-        factor = longest / jnp.maximum(optax.tree.norm(updates), longest)
+        factor = longest / jnp.maximum(optax.tree.norm(counted(updates)), longest)
         return jax.tree.map(lambda update: factor * update, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -19,6 +19,7 @@ from mesh_transformer.model.decoder import Model, empty_cache, make_model
 from mesh_transformer.model.sampling import Choice, choose
 from mesh_transformer.model.weights import Weight
 from mesh_transformer.sharding import COMPUTE, param_dims, shard, spec, stored_spec
+from mesh_transformer.training import as_original
 from mesh_transformer.training.gradients import (
     SPREAD,
     accumulate,
@@ -122,7 +123,8 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
     config = dataclasses.replace(
         config, model=decided, mesh=dataclasses.replace(config.mesh, zero_stage=stage)
     )
-    model, optimizer = make_model(config.model), make_optimizer(config.optimizer)
+    model = make_model(config.model)
+    optimizer = make_optimizer(config.optimizer, config.model.norm)
     state, dims = abstract_state(config, mesh, model, optimizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -196,7 +198,8 @@ def train(
         gradients.mean,
         dims,
     )
-    grad_norm = optax.tree.norm(mean)
+    shards, norm = config.optimizer.original_shards, config.model.norm
+    grad_norm = optax.tree.norm(as_original.counted(mean, shards, norm))
     updates, opt_state = optimizer.update(mean, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {

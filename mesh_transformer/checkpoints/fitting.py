@@ -1,0 +1,140 @@
+"""What a model needs of a checkpoint, and what makes one fit: its dtype and its vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mesh_transformer.checkpoints.layout import CheckpointError, by_path
+from mesh_transformer.checkpoints.source import MU, NU, PARAMS, Array, Counts, Key, Source
+from mesh_transformer.config import ModelConfig
+from mesh_transformer.model.decoder import make_model
+from mesh_transformer.model.layers import PADDING_BIAS
+
+_VOCAB_AXIS = {"decoder/embed/embeddings": 0, "decoder/unembed/w": 1, "decoder/unembed/b": 0}
+
+
+def model_arrays(model: ModelConfig) -> dict[Key, tuple[int, ...]]:
+    """List the weights of a model, one layer at a time, with their shapes."""
+    shapes = by_path(jax.eval_shape(make_model(model).init, jax.random.key(0)))
+    arrays: dict[Key, tuple[int, ...]] = {}
+    for path, leaf in shapes.items():
+        if "/layers/" in path:
+            arrays |= {Key(PARAMS, path, i): leaf.shape[1:] for i in range(leaf.shape[0])}
+        else:
+            arrays[Key(PARAMS, path)] = leaf.shape
+    return arrays
+
+
+def cast(array: np.ndarray, dtype: np.dtype[Any], what: str) -> np.ndarray:
+    """Cast an array.
+
+    Raises:
+        CheckpointError: A finite number would become infinite.
+    """
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if dtype == np.float16 and not np.isfinite(result).all() and np.isfinite(array).all():
+        raise CheckpointError(
+            f"{what} holds {np.abs(array.astype(np.float32)).max():g}, more than {dtype} can: "
+            "choose bfloat16 or float32"
+        )
+    return result
+
+
+def fitted(source: Source, model: ModelConfig) -> Source:
+    """Return a source as the model needs it: checked, its vocabulary padded if need be.
+
+    Raises:
+        CheckpointError: It lacks arrays of the model, or has others; every one is listed. Or rows
+            that pad its vocabulary would be taken for tokens.
+    """
+    table = source.arrays.get(Key(PARAMS, "decoder/embed/embeddings"))
+    if table and len(table.shape) == 2 and table.shape[0] < model.n_vocab:
+        if not model.head_bias and model.n_tokens > table.shape[0]:
+            raise CheckpointError(
+                f"{source.where} has {table.shape[0]} rows in its vocabulary, n_vocab is "
+                f"{model.n_vocab}; a head without a bias must be told which of them are padding: "
+                f"set n_tokens to {table.shape[0]} or less"
+            )
+        source = WithVocabulary(source, model.n_vocab)
+    needed = model_arrays(model)
+    held = {key: array.shape for key, array in source.arrays.items() if key.kind == PARAMS}
+    problems = [
+        f"{key}: {list(held[key]) if key in held else 'nothing'} in the checkpoint, "
+        f"{list(needed[key]) if key in needed else 'nothing'} by the configuration"
+        for key in sorted(held.keys() | needed.keys(), key=str)
+        if held.get(key) != needed.get(key)
+    ]
+    if problems:
+        ours = dataclasses.asdict(model)
+        keys = [
+            f"configuration key {key}: {value!r} in the checkpoint, {ours[key]!r} here"
+            for key, value in source.known.items()
+            if key in ours and ours[key] != value
+        ]
+        more = [f"and {len(problems) - 6} more"] if len(problems) > 6 else []
+        heading = f"{source.where} does not fit the configuration:"
+        raise CheckpointError("\n  - ".join([heading, *problems[:6], *more, *keys]))
+    return source
+
+
+class WithVocabulary:
+    """A source with another number of rows in its vocabulary.
+
+    Rows that are added are zeros, with a bias in the head by which they get no probability. A head
+    without one gives them none from the configuration's `n_tokens` on. Who has rows cut off must
+    know that they are padding.
+    """
+
+    def __init__(self, source: Source, n_vocab: int) -> None:
+        self._source, self._n_vocab = source, n_vocab
+        self.where, self.about, self.step = source.where, source.about, source.step
+        self.counts: Counts | None = source.counts
+        self.known: Mapping[str, Any] = {**source.known, "n_vocab": n_vocab}
+        self.arrays: Mapping[Key, Array] = {
+            key: array._replace(shape=self._shape(key, array.shape))
+            for key, array in source.arrays.items()
+        }
+
+    def _shape(self, key: Key, shape: tuple[int, ...]) -> tuple[int, ...]:
+        axis = _VOCAB_AXIS.get(key.path)
+        if axis is None:
+            return shape
+        return (*shape[:axis], self._n_vocab, *shape[axis + 1 :])
+
+    def read(self, key: Key) -> np.ndarray:
+        """Read an array, with rows added or cut off if it is of the vocabulary."""
+        array = self._source.read(key)
+        axis = _VOCAB_AXIS.get(key.path)
+        if axis is None:
+            return array
+        more = self._n_vocab - array.shape[axis]
+        if more <= 0:
+            return array[(slice(None),) * axis + (slice(self._n_vocab),)]
+        is_bias = key.kind == PARAMS and key.path.endswith("unembed/b")
+        pads = [(0, more if i == axis else 0) for i in range(array.ndim)]
+        return np.pad(array, pads, constant_values=PADDING_BIAS if is_bias else 0)
+
+
+def weights_dtype(source: Source) -> np.dtype[Any]:
+    """Return the dtype of a source's weights: of the largest, if they differ."""
+    arrays = [array for key, array in source.arrays.items() if key.kind == PARAMS]
+    return max(arrays, key=lambda array: array.n_bytes).dtype
+
+
+def n_bytes(source: Source, dtype: np.dtype[Any] | None, *, moments: bool) -> int:
+    """Return how many bytes a source's arrays are, its weights in `dtype` if that is given."""
+    return sum(
+        array.n_bytes
+        if key.kind in (MU, NU) or dtype is None
+        else array.n_bytes // array.dtype.itemsize * dtype.itemsize
+        for key, array in source.arrays.items()
+        if moments or key.kind == PARAMS
+    )

@@ -1,0 +1,268 @@
+"""Hugging Face folders, read and written one array at a time, without their library.
+
+    config.json                         what the model is
+    model.safetensors                   its weights; or, in several files,
+    model.safetensors.index.json        which file holds which array, and
+    model-00001-of-00003.safetensors    the files
+    pytorch_model.bin, or in several    the same by PyTorch itself, which are read but not written
+
+`families` has the names. Our embedding may have a bias, which no family has: where it has one it is
+read as zeros, and is added to the embedding when written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from mesh_transformer import storage
+from mesh_transformer.checkpoints import pytorch, safetensors
+from mesh_transformer.checkpoints.families import config_json, config_keys, family_of
+from mesh_transformer.checkpoints.family import Family
+from mesh_transformer.checkpoints.fitting import cast, fitted, model_arrays
+from mesh_transformer.checkpoints.layout import CheckpointError
+from mesh_transformer.checkpoints.source import PARAMS, Array, Counts, Key, Source
+from mesh_transformer.checkpoints.tensors import Tensor, tensors
+from mesh_transformer.config import ModelConfig
+
+Stored: TypeAlias = safetensors.Stored | pytorch.Mapped
+CONFIG = "config.json"
+SHARD_BYTES = 5 * 10**9
+
+_SAFETENSORS, _PYTORCH, _INDEX = "model.safetensors", "pytorch_model.bin", ".index.json"
+_TABLE = Key(PARAMS, "decoder/embed/embeddings")
+_TABLE_BIAS = Key(PARAMS, "decoder/embed/b")
+_LISTED = 6  # arrays that a message names of each kind of problem
+_ROWS_AT_A_TIME = 256  # of the embedding, in float32 while the bias is added
+
+
+def is_huggingface(folder: str) -> bool:
+    """Say whether a folder is a model of Hugging Face's, whole or not, of whatever family."""
+    config = storage.join(folder, CONFIG)
+    return storage.exists(config) and b'"model_type"' in storage.read_bytes(config)
+
+
+class HuggingFace:
+    """A Hugging Face folder, opened and checked against its own config.json.
+
+    Raises:
+        CheckpointError: It is of a model that ours does not compute, it is not whole, or its arrays
+            are not those of its configuration; every difference is listed.
+    """
+
+    step = 0
+    counts: Counts | None = None
+
+    def __init__(self, folder: str) -> None:
+        self.where = folder
+        path = storage.join(folder, CONFIG)
+        config = _read_json(path)
+        self.known: Mapping[str, Any] = config_keys(config, path)
+        family = family_of(config)
+        assert family is not None, "config_keys has refused it"
+        model = ModelConfig(**self.known)
+        stored, files = _open_files(folder)
+        self._stored = _with_prefix(stored, family)
+        ours, listed = model_arrays(model), tensors(family, model)
+        self._check(family, model, listed)
+        self._places = {key: tensor for tensor in listed for key in tensor.keys}
+        self.arrays: dict[Key, Array] = {
+            key: Array(ours[key], self._stored[tensor.name].array.dtype)
+            for key, tensor in self._places.items()
+        }
+        if _TABLE_BIAS in ours:
+            self.arrays[_TABLE_BIAS] = Array(ours[_TABLE_BIAS], self.arrays[_TABLE].dtype)
+        dtypes = " and ".join(sorted({array.dtype.name for array in self.arrays.values()}))
+        self.about = f"{family.name} of transformers, {files}, {dtypes}"
+
+    def read(self, key: Key) -> np.ndarray:
+        """Read one array."""
+        if key not in self._places:
+            return np.zeros(*self.arrays[key])
+        tensor = self._places[key]
+        return tensor.part(self._stored[tensor.name].read(), key)
+
+    def _check(self, family: Family, model: ModelConfig, listed: Iterable[Tensor]) -> None:
+        """List what is not as the configuration says."""
+        stored, needed = self._stored, {tensor.name: tensor.shape for tensor in listed}
+        missing = [f"{name} is missing" for name in needed if name not in stored]
+        # Files may hold a copy of the embeddings as the head, which transformers too ignores.
+        tied = {row.theirs for row in family.rows if row.ours == "unembed/w"}
+        unused = tied if model.tie_embeddings else set()
+        extra = [
+            f"{name} is no part of a {family.name}"
+            for name in stored
+            if name not in needed.keys() | unused and not re.fullmatch(family.constants, name)
+        ]
+        wrong = [
+            f"{name} is {list(stored[name].shape)}, {list(shape)} by {CONFIG}"
+            for name, shape in needed.items()
+            if name in stored and stored[name].shape != shape
+        ]
+        unread = []
+        for name in needed.keys() & stored.keys():
+            try:
+                _ = stored[name].array
+            except CheckpointError as error:
+                unread.append(str(error))
+        problems = [
+            text for kind in (missing, extra, wrong, sorted(unread)) for text in _some(kind)
+        ]
+        if problems:
+            heading = f"{self.where} is not what its {CONFIG} describes:"
+            raise CheckpointError("\n  - ".join([heading, *problems]))
+
+
+def _with_prefix(stored: Mapping[str, Stored], family: Family) -> dict[str, Stored]:
+    """Give arrays their full names: the models alone, without heads, are saved without a prefix."""
+    if any(name.startswith(family.prefix) for name in stored):
+        return dict(stored)
+    bare = {row.theirs for row in family.rows if not row.theirs.startswith(family.prefix)}
+    return {name if name in bare else family.prefix + name: it for name, it in stored.items()}
+
+
+def _open_files(folder: str) -> tuple[dict[str, Stored], str]:
+    """List the arrays in a folder's files, and say what files these are."""
+    for whole, what, read_header in (
+        (_SAFETENSORS, "safetensors", safetensors.read_header),
+        (_PYTORCH, "PyTorch", pytorch.read_header),
+    ):
+        if storage.exists(storage.join(folder, whole)):
+            return dict(read_header(storage.join(folder, whole))), f"1 {what} file"
+        index = storage.join(folder, whole + _INDEX)
+        if storage.exists(index):
+            names = _files_of(index)
+            inside = {name: read_header(storage.join(folder, name)) for name in names}
+            stored: dict[str, Stored] = {}
+            for arrays in inside.values():
+                stored |= arrays
+            return stored, f"{len(names)} {what} files"
+    raise CheckpointError(
+        f"{folder} holds no weights: needed is {_SAFETENSORS} or {_PYTORCH}, or {_SAFETENSORS}"
+        f"{_INDEX} or {_PYTORCH}{_INDEX} and the files that it lists"
+    )
+
+
+def _files_of(index: str) -> list[str]:
+    """List the files that an index names."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} is damaged: it has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    outside = [name for name in names if re.search(r"[/\\]", name) or name in ("", ".", "..")]
+    if outside:
+        raise CheckpointError(f"{index} names {outside[0]!r}, which is no file of its folder")
+    return names
+
+
+def write(
+    folder: str,
+    source: Source,
+    model: ModelConfig,
+    *,
+    dtype: np.dtype[Any],
+    shard_bytes: int = SHARD_BYTES,
+    eot_id: int | None = None,
+    advance: Callable[[int], object] = lambda n: None,
+) -> None:
+    """Write a folder that `transformers` reads; config.json comes last.
+
+    Args:
+        folder: There already, and empty.
+        source: Of the model's arrays.
+        dtype: Of the weights.
+        shard_bytes: Of one file, at most; an array that is larger has a file for itself.
+        eot_id: As for `families.config_json`.
+        advance: Called with the bytes of each array that is written.
+
+    Raises:
+        CheckpointError: `transformers` has no such model, the source is not of it, or a weight is
+            too large for the dtype.
+    """
+    config = config_json(model, dtype, eot_id=eot_id)
+    family = family_of(config)
+    assert family is not None, "config_json names one of them"
+    source = fitted(source, model)
+    listed = {tensor.name: tensor for tensor in tensors(family, model)}
+    arrays = {name: Array(tensor.shape, dtype) for name, tensor in listed.items()}
+
+    def read(name: str) -> np.ndarray:
+        tensor = listed[name]
+        if tensor.keys == (_TABLE,) and _TABLE_BIAS in source.arrays:
+            return _embedding(source, dtype)
+        whole = np.empty(tensor.shape if len(tensor.keys) > 1 else 0, dtype)
+        for key in tensor.keys:
+            whole = tensor.put(
+                whole, key, cast(source.read(key), dtype, f"{key} in {source.where}")
+            )
+        return whole
+
+    files = _in_files(arrays, shard_bytes)
+    for name, inside in files.items():
+        safetensors.write(storage.join(folder, name), inside, read, advance)
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(array.n_bytes for array in arrays.values())},
+            "weight_map": {array: name for name, inside in files.items() for array in inside},
+        }
+        _write_json(storage.join(folder, _SAFETENSORS + _INDEX), index)
+    _write_json(storage.join(folder, CONFIG), config)
+
+
+def _in_files(arrays: Mapping[str, Array], shard_bytes: int) -> dict[str, dict[str, Array]]:
+    """Deal arrays, in order, to files of at most so many bytes, if an array allows it."""
+    parts: list[dict[str, Array]] = [{}]
+    n_data = 0
+    for name, array in arrays.items():
+        more = {**parts[-1], name: array}
+        n_data += array.n_bytes
+        if parts[-1] and len(safetensors.header(more)) + n_data > shard_bytes:
+            more, n_data = {name: array}, array.n_bytes
+            parts.append(more)
+        else:
+            parts[-1] = more
+    if len(parts) == 1:
+        return {_SAFETENSORS: parts[0]}
+    stem, suffix = _SAFETENSORS.split(".")
+    return {f"{stem}-{i:05d}-of-{len(parts):05d}.{suffix}": part for i, part in enumerate(parts, 1)}
+
+
+def _embedding(source: Source, dtype: np.dtype[Any]) -> np.ndarray:
+    """Return the embedding `[V, D]` with the bias in it, added in float32."""
+    what = f"{_TABLE} in {source.where}"
+    bias_D = source.read(_TABLE_BIAS).astype(np.float32)
+    table_VD = source.read(_TABLE)
+    if not bias_D.any():  # adding it would make -0 into 0
+        return cast(table_VD, dtype, what)
+    result_VD = np.empty(table_VD.shape, dtype)
+    for begin in range(0, len(table_VD), _ROWS_AT_A_TIME):
+        part = slice(begin, begin + _ROWS_AT_A_TIME)
+        result_VD[part] = cast(table_VD[part].astype(np.float32) + bias_D, dtype, what)
+    return result_VD
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        value = json.loads(storage.read_text(path))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
+    return value
+
+
+def _write_json(path: str, value: Mapping[str, Any]) -> None:
+    storage.write_text_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def _some(problems: Iterable[str]) -> list[str]:
+    """Shorten a list for a message."""
+    listed = list(problems)
+    more = [f"and {len(listed) - _LISTED} more like it"] if len(listed) > _LISTED else []
+    return listed[:_LISTED] + more

@@ -1,0 +1,169 @@
+"""Which format a path is in, by its files and never by values, and the source that reads it.
+
+A path may be a run's folder or a step folder of this library's or of mesh-transformer-jax's (full
+or slim, of its first or its second model), or a Hugging Face folder; on a local disk, in gs:// or
+in s3:// alike.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from mesh_transformer import storage
+from mesh_transformer.checkpoints import (
+    fused,
+    huggingface,
+    native_source,
+    original,
+    pieces,
+    reading,
+)
+from mesh_transformer.checkpoints.layout import CheckpointError
+from mesh_transformer.checkpoints.source import Source
+from mesh_transformer.config import Config, ModelConfig, parse
+
+Format = Literal["native", "original", "fused", "huggingface"]
+
+UNFINISHED = "unfinished"
+"""Ends the name of a folder that is being written; of a file, in a folder of a bucket that is."""
+
+_STEP = re.compile(r"step_(\d+)")
+_NOT_TRAINED = {
+    "per_replica_batch": 1, "warmup_steps": 0, "anneal_steps": 1, "total_steps": 1, "lr": 1e-5,
+    "end_lr": 1e-5, "weight_decay": 0.0, "train_set": "none", "ckpt_every": 1, "keep_every": 1,
+}  # fmt: skip
+"""Keys that a configuration needs and that a checkpoint to be read says nothing of."""
+
+
+class Found(NamedTuple):
+    """A checkpoint, by its format and its own folder."""
+
+    format: Format
+    folder: str
+
+
+def find(path: str) -> Found:
+    """Find the checkpoint that a path means: of a run, the newest.
+
+    Raises:
+        CheckpointError: There is none, or one that was never finished.
+    """
+    path = path.rstrip("/") or "/"
+    if path.endswith(f".{UNFINISHED}") or storage.exists(storage.join(path, UNFINISHED)):
+        raise CheckpointError(f"{path} was never finished; write it again")
+    if (folder := reading.locate(path)) is not None:
+        return Found("native", folder)
+    if huggingface.is_huggingface(path):
+        return Found("huggingface", path)
+    for folder in (path, _newest_of_original(path)):
+        if folder and storage.exists(storage.join(folder, UNFINISHED)):
+            raise CheckpointError(f"{folder} was never finished; write it again")
+        if folder and original.is_original(folder):
+            return Found("original", folder)
+        if folder and fused.is_fused(folder):
+            return Found("fused", folder)
+    there = "holds no complete checkpoint" if storage.exists(path) else "does not exist"
+    raise CheckpointError(
+        f"{path} {there}; needed is the folder (model_dir) of a run that has saved one, a step "
+        "folder in it, a step folder of mesh-transformer-jax (with shard_0 or params in it), or a "
+        "Hugging Face folder (with config.json and weights)"
+    )
+
+
+def open_source(
+    found: Found, model: ModelConfig | None, original_cores: int | None = None
+) -> Source:
+    """Open a checkpoint.
+
+    Args:
+        found: As `find` gives it.
+        model: What a checkpoint without a configuration of its own is of.
+        original_cores: How it is arranged: see `CheckpointConfig`.
+
+    Raises:
+        CheckpointError: It is not whole, or of another model; or there is no configuration.
+    """
+    if found.format == "native":
+        return native_source.NativeSource(found.folder)
+    if found.format == "huggingface":
+        return huggingface.HuggingFace(found.folder)
+    if model is None:
+        raise CheckpointError(
+            f"{found.folder} is of mesh-transformer-jax, whose checkpoints hold no configuration: "
+            "give --config, the JSON file of the run that wrote it"
+        )
+    if found.format == "fused":
+        return fused.Fused(found.folder, model, original_cores)
+    return original.Original(found.folder, model)
+
+
+def verify(found: Found, source: Source, advance: Callable[[int], object]) -> None:
+    """Read every array and compare its checksum; of a format that has none, its lengths.
+
+    Args:
+        advance: Called with the bytes of each array read.
+
+    Raises:
+        CheckpointError: Something is damaged; the message names its file.
+    """
+    if found.format == "native":
+        pieces.verify(found.folder, advance)
+        return
+    for key, array in source.arrays.items():
+        source.read(key)
+        advance(array.n_bytes)
+
+
+def stored_config(path: str) -> Config:
+    """Return the configuration that the checkpoint at a path holds.
+
+    Of a Hugging Face folder it describes the model and its tokenizer; the rest is made up.
+
+    Raises:
+        CheckpointError: There is no complete checkpoint, or one that holds no configuration.
+        ConfigError: It was saved by a release of the library whose configurations differ.
+    """
+    found = find(path)
+    if found.format == "native":
+        return parse(reading.read_extra(found.folder)["config"], source=found.folder)
+    keys: dict[str, Any] = dict(open_source(found, None).known)
+    has_tokenizer = storage.exists(storage.join(found.folder, "tokenizer.json"))
+    about = {
+        "name": found.folder,
+        "model_dir": found.folder,
+        "tokenizer": found.folder if has_tokenizer else "gpt2",
+    }
+    return parse({**_NOT_TRAINED, **about, **keys}, source=found.folder)
+
+
+def check_unused(root: str) -> None:
+    """Refuse to begin a run in the folder of one of the original's, as if nothing were there.
+
+    Raises:
+        CheckpointError: Says how to go on from it.
+    """
+    folder = _newest_of_original(root)
+    if folder and (original.is_original(folder) or fused.is_fused(folder)):
+        raise CheckpointError(
+            f"{root} holds a run of mesh-transformer-jax ({folder}). To go on where it stopped, "
+            f"convert it: python resharding_example.py --config FILE --input {folder} --output "
+            "FOLDER --format native, and set model_dir to FOLDER; to tune it from step 0, set "
+            f"another model_dir and give --tune-model-path {folder}"
+        )
+
+
+def _newest_of_original(path: str) -> str | None:
+    """Name the step folder that a run of the original's means by its folder."""
+    steps = [int(match[1]) for name in storage.children(path) if (match := _STEP.fullmatch(name))]
+    meta = storage.join(path, "meta.json")
+    if storage.exists(meta):
+        try:
+            listed = {int(n) for n in json.loads(storage.read_text(meta)).get("checkpoints", [])}
+        except (ValueError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{meta} is damaged: {error}") from error
+        # The original deletes steps before it writes their list anew.
+        steps = [step for step in steps if step in listed] or steps
+    return storage.join(path, f"step_{max(steps)}") if steps else None

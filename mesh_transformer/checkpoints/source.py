@@ -1,0 +1,101 @@
+"""What every format is read as: arrays by our own names, one layer at a time.
+
+A `Source` knows what a checkpoint holds before any array of it is read, and then reads one array at
+a time. So conversion and loading need memory for one array of one layer, whatever the model's size.
+Writers ask a source for what they need, in the order in which they need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+PARAMS, MU, NU = "params", "mu", "nu"
+"""Kinds of arrays: weights, and Adam's two moments, which have the weights' paths and shapes."""
+
+
+class Key(NamedTuple):
+    """Which array.
+
+    Attributes:
+        kind: PARAMS, MU or NU.
+        path: As in our parameter trees: "decoder/layers/block/attention/q/w".
+        layer: Which of the layers, which our trees stack; None for what is not part of a layer.
+    """
+
+    kind: str
+    path: str
+    layer: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.path}" + ("" if self.layer is None else f"[{self.layer}]")
+
+
+class Array(NamedTuple):
+    """An array that is not read yet; its shape is that of one layer's, where layers are stacked."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def n_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+class Counts(NamedTuple):
+    """How many updates the parts of an optimizer have seen.
+
+    Attributes:
+        adam: Of Adam, for the correction of its moments' bias.
+        schedule: Of the learning-rate schedule.
+    """
+
+    adam: int
+    schedule: int
+
+
+class Source(Protocol):
+    """A checkpoint of any format, opened and checked; nothing of its arrays is read yet."""
+
+    @property
+    def where(self) -> str:
+        """Its path or URL, for messages."""
+        ...
+
+    @property
+    def about(self) -> str:
+        """What it is, in a few words: "original checkpoint of 8 shards, bfloat16"."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that its weights have taken; 0 where the format does not say."""
+        ...
+
+    @property
+    def counts(self) -> Counts | None:
+        """Of the optimizer whose moments it holds; None where it holds weights alone."""
+        ...
+
+    @property
+    def known(self) -> Mapping[str, Any]:
+        """The keys of a configuration that the checkpoint itself holds; empty if none."""
+        ...
+
+    @property
+    def arrays(self) -> Mapping[Key, Array]:
+        """Everything in it: each weight, and each moment if `counts` is given."""
+        ...
+
+    def read(self, key: Key) -> np.ndarray:
+        """Read one array, in the dtype and shape that `arrays` says.
+
+        Raises:
+            CheckpointError: It is damaged or cannot be read; the message names its file.
+        """
+        ...

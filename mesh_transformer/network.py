@@ -1,0 +1,108 @@
+"""The network's section of a configuration: its keys, checked, as a frozen dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from mesh_transformer.schema import Count, Limit, Natural, NonNegative, Positive, Text
+from mesh_transformer.sections import DERIVED, Section
+
+Norm = Literal[
+    "layernorm", "layernorm-nobias", "layernorm-desync",
+    "rmsnorm", "rmsnorm-bias", "scalenorm", "scalenorm-bias",
+    "rmsnorm-mean", "rmsnorm-mean-plus-one",
+]  # fmt: skip
+Positions = Literal["rotary", "rotary-half", "t5", "fixed", "sinusoidal", "alibi", "none"]
+Residual = Literal["parallel", "parallel-untied", "sequential", "post-norm"]
+Activation = Literal[
+    "gelu_new", "gelu", "quick_gelu", "silu", "relu", "relu_squared", "mish", "sigmoid", "tanh"
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """The network; keys left out make it GPT-J.
+
+    Attributes:
+        n_vocab: Rows of the embedding and columns of the head; a multiple of `cores_per_replica`.
+        n_tokens: Ids that the tokenizer can emit; rows from `n_tokens` to `n_vocab` are padding and
+            are never sampled. Left out: the size of a tokenizer known here, at most `n_vocab`.
+        seq: Tokens fed at once; a training record holds one more.
+        d_head: Features per head. Left out: d_model / n_heads.
+        n_kv_heads: Heads of keys and values, each shared by as many query heads as there are times
+            more of those. Left out: n_heads.
+        d_ff: Hidden features of the feed-forward layer. Left out: 4 d_model.
+        residual: How a block adds its branches: both from one norm, both each from its own norm,
+            one after the other, or one after the other with the norm after the sum.
+        norm: Of mesh-transformer-jax all but the last two, which divide by the root of the mean
+            square; "plus-one" multiplies by 1 + scale.
+        norm_epsilon: Added to a norm's variance or mean square, or to the original's lengths.
+        final_norm: Whether the last block is followed by a norm.
+        pe: Position encoding; "fixed" is a learned table, as the original's name had it. "rotary"
+            turns neighbouring features, "rotary-half" feature i and the one half a head further.
+        pe_rotary_dims: Features of each head that rotary positions turn. Left out: all.
+        pe_theta: Base of their wavelengths.
+        pe_scaling: How they are stretched beyond the length they were trained with.
+        pe_scaling_factors: By how much, in the words of Hugging Face's `rope_scaling`.
+        pe_offset: Rows of the "fixed" table before that of the first position.
+        window: Slots that a query sees, itself included; 0: all before it.
+        window_every: The window is that of each layer whose number, from 1, this divides.
+        attention_scale: Factor of the products of queries and keys. Left out: 1 / sqrt(d_head).
+        qk_norm: Whether queries and keys are normalised per head, by "rmsnorm-mean".
+        activation: Of the feed-forward layer.
+        gated: Whether the activation is of a second product and multiplies the first (GLU).
+        qkv_bias: Whether queries, keys and values have a bias; so `o_bias`, `ff_bias`,
+            `embed_bias`, `head_bias`.
+        tie_embeddings: Whether the head's weights are the embeddings.
+        embed_norm: Whether embeddings are normalised.
+        embed_scale: Factor of embeddings, before positions are added.
+        d_embed: Features of an embedding, projected to and from d_model. Left out: d_model.
+        compute_dtype: Of weights in use and activations; master weights are always float32.
+        remat: What the backward pass computes anew: whole layers, all but matrix products, nothing.
+        unroll: Layers computed in one round of the loop over layers. More of them run faster on
+            CPUs and take longer to compile.
+        attention: Implementation; "auto" takes the best that the device has.
+        z_loss: Weight of log(Z)^2 in the training loss, which keeps the logits from drifting.
+    """
+
+    layers: Count
+    d_model: Count
+    n_heads: Count
+    n_vocab: Count
+    seq: Annotated[int, Limit(lambda n: n >= 2, "2 or more")]
+    residual: Residual = "parallel"
+    norm: Norm = "layernorm"
+    norm_epsilon: Positive = 1e-5
+    final_norm: bool = True
+    pe: Positions = "rotary"
+    pe_rotary_dims: Natural = DERIVED
+    pe_theta: Positive = 10_000.0
+    pe_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    pe_scaling_factors: Mapping[Text, float] = dataclasses.field(default_factory=dict, hash=False)
+    pe_offset: Natural = 0
+    d_head: Count = DERIVED
+    n_kv_heads: Count = DERIVED
+    window: Natural = 0
+    window_every: Count = 1
+    attention_scale: Positive = DERIVED
+    qk_norm: bool = False
+    d_ff: Count = DERIVED
+    activation: Activation = "gelu_new"
+    gated: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    ff_bias: bool = True
+    embed_bias: bool = True
+    head_bias: bool = True
+    tie_embeddings: bool = False
+    embed_norm: bool = False
+    embed_scale: Positive = 1.0
+    d_embed: Count = DERIVED
+    n_tokens: Count = DERIVED
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    remat: Literal["full", "dots", "none"] = "full"
+    unroll: Count = 1
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    z_loss: NonNegative = 1e-4

@@ -1,0 +1,199 @@
+"""What the keys of the network must satisfy together, as tables.
+
+`ORIGINAL` and `FUSED` say what models are within reach of mesh-transformer-jax, for what reads and
+writes its checkpoints too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mesh_transformer.relations import Rule, apply, divisors, next_multiple, unless
+from mesh_transformer.schema import shown
+
+TOKENIZER_SIZES = {"gpt2": 50257, "bytes": 257}
+
+# What each stretching of rotary positions needs to be told, as Hugging Face names it.
+SCALING_FACTORS = {
+    "none": (),
+    "linear": ("factor",),
+    "llama3": (
+        *("factor", "low_freq_factor", "high_freq_factor"),
+        "original_max_position_embeddings",
+    ),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+
+
+def _d_head(d_model: int, n_heads: int) -> int:
+    if d_model % n_heads:
+        raise ValueError(
+            f"n_heads {n_heads} does not divide d_model {d_model}; change one of them or set d_head"
+        )
+    return d_model // n_heads
+
+
+DERIVED: dict[str, Callable[..., Any]] = {
+    "d_head": _d_head,
+    "d_ff": lambda d_model: 4 * d_model,
+    "d_embed": lambda d_model: d_model,
+    "n_kv_heads": lambda n_heads: n_heads,
+    "attention_scale": lambda d_head: d_head**-0.5,
+    "pe_rotary_dims": lambda pe, d_head: d_head if pe.startswith("rotary") else 0,
+    "n_tokens": lambda n_vocab, tokenizer="": min(n_vocab, TOKENIZER_SIZES.get(tokenizer, n_vocab)),
+}
+
+
+ORIGINAL: dict[str, Any] = {
+    "residual": ("parallel",),
+    "norm": (
+        *("layernorm", "layernorm-nobias", "layernorm-desync"),
+        *("rmsnorm", "rmsnorm-bias", "scalenorm", "scalenorm-bias"),
+    ),
+    "norm_epsilon": (1e-5,),
+    "final_norm": (True,),
+    "pe": ("rotary", "t5", "fixed", "none"),
+    "pe_theta": (10_000.0,),
+    "pe_scaling": ("none",),
+    "pe_offset": (0,),
+    "d_head": DERIVED["d_head"],
+    "n_kv_heads": DERIVED["n_kv_heads"],
+    "window": (0,),
+    "attention_scale": DERIVED["attention_scale"],
+    "qk_norm": (False,),
+    "d_ff": DERIVED["d_ff"],
+    "activation": ("gelu_new",),
+    "gated": (False,),
+    "qkv_bias": (False,),
+    "o_bias": (False,),
+    "ff_bias": (True,),
+    "embed_bias": (True,),
+    "head_bias": (True,),
+    "tie_embeddings": (False,),
+    "embed_norm": (False,),
+    "embed_scale": (1.0,),
+    "d_embed": DERIVED["d_embed"],
+}
+"""What mesh-transformer-jax's first model computes: each key's values, or what it follows from."""
+FUSED = {key: theirs for key, theirs in ORIGINAL.items() if key != "d_head"} | {
+    "norm": ("layernorm",),
+    "pe": ("rotary",),
+    "gated": (True,),
+    "qkv_bias": (True,),
+}
+"""What its second model computes."""
+
+
+def unlike(theirs: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
+    """Say of each key of a model what `ORIGINAL` or `FUSED` has instead of its value."""
+    problems = []
+    for key, kept in theirs.items():
+        if key not in values:
+            continue
+        try:
+            allowed = (apply(kept, values),) if callable(kept) else kept
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if values[key] not in allowed:
+            there = " or ".join(map(shown, allowed))
+            problems.append(f"{key} is {shown(values[key])}, {there} in mesh-transformer-jax")
+    return problems
+
+
+def _as_the_original(original_shards: int, **keys: Any) -> str | None:
+    problems = unlike(ORIGINAL, keys) if original_shards else []
+    if not problems or (original_shards == 1 and not unlike(FUSED, keys)):
+        return None
+    start = f"original_shards {original_shards} cannot be followed: "
+    if not unlike(FUSED, keys):
+        return f"{start}the original's second model held one copy of all parameters; set it to 1"
+    return f"{start}{'; '.join(problems)}; leave original_shards out"
+
+
+IMPOSSIBLE: tuple[Rule, ...] = (
+    _as_the_original,
+    lambda n_heads, cores_per_replica: unless(
+        n_heads % cores_per_replica == 0,
+        f"cores_per_replica {cores_per_replica} does not divide n_heads {n_heads}; "
+        f"{divisors(n_heads)} would",
+    ),
+    lambda n_vocab, cores_per_replica: unless(
+        n_vocab % cores_per_replica == 0,
+        f"cores_per_replica {cores_per_replica} does not divide n_vocab {n_vocab}; "
+        f"the next n_vocab that it divides is {next_multiple(n_vocab, cores_per_replica)}",
+    ),
+    lambda d_ff, cores_per_replica: unless(
+        d_ff % cores_per_replica == 0,
+        f"cores_per_replica {cores_per_replica} does not divide d_ff {d_ff}; "
+        f"the next d_ff that it divides is {next_multiple(d_ff, cores_per_replica)}",
+    ),
+    lambda zero_stage, d_model, tpu_size, cores_per_replica: unless(
+        zero_stage == 0 or d_model % max(1, tpu_size // cores_per_replica) == 0,
+        f"zero_stage {zero_stage} cannot spread d_model {d_model} over "
+        f"{tpu_size // cores_per_replica} replicas ({tpu_size} devices / cores_per_replica "
+        f"{cores_per_replica}), which do not divide it; set zero_stage to 0 or change d_model",
+    ),
+    lambda pe, pe_rotary_dims, d_head: unless(
+        not pe.startswith("rotary") or (2 <= pe_rotary_dims <= d_head and pe_rotary_dims % 2 == 0),
+        f"pe_rotary_dims {pe_rotary_dims} must be an even number from 2 to d_head {d_head}, "
+        "since rotary positions turn pairs of features within a head",
+    ),
+    lambda n_kv_heads, n_heads: unless(
+        n_heads % n_kv_heads == 0,
+        f"n_kv_heads {n_kv_heads} does not divide n_heads {n_heads}, so query heads cannot share "
+        f"them evenly; {divisors(n_heads)} would",
+    ),
+    lambda n_kv_heads, d_head, cores_per_replica: unless(
+        n_kv_heads * d_head % cores_per_replica == 0,
+        f"cores_per_replica {cores_per_replica} does not divide the {n_kv_heads * d_head} features "
+        f"of keys (n_kv_heads {n_kv_heads} of d_head {d_head}); "
+        f"{divisors(n_kv_heads * d_head)} would",
+    ),
+    lambda zero_stage, d_embed, d_model, tpu_size, cores_per_replica: unless(
+        zero_stage == 0
+        or d_embed == d_model
+        or d_embed % max(1, tpu_size // cores_per_replica) == 0,
+        f"zero_stage {zero_stage} cannot spread d_embed {d_embed} over "
+        f"{tpu_size // cores_per_replica} replicas; set zero_stage to 0 or change d_embed",
+    ),
+    lambda pe_scaling, pe_scaling_factors: unless(
+        set(SCALING_FACTORS[pe_scaling]) <= set(pe_scaling_factors),
+        f"pe_scaling {pe_scaling!r} needs pe_scaling_factors with "
+        f"{', '.join(SCALING_FACTORS[pe_scaling])}",
+    ),
+    lambda residual, final_norm: unless(
+        residual != "post-norm" or not final_norm,
+        "residual 'post-norm' ends with a norm, so that final_norm must be false",
+    ),
+    lambda window, attention: unless(
+        window == 0 or attention in ("auto", "xla"),
+        f"attention {attention!r} sees all slots before a query, not a window of {window}; set "
+        "attention to 'auto' or 'xla'",
+    ),
+    lambda n_tokens, n_vocab: unless(
+        n_tokens <= n_vocab,
+        f"n_tokens {n_tokens} is more than n_vocab {n_vocab}; raise n_vocab to {n_tokens} or more",
+    ),
+    lambda attention, compute_dtype: unless(
+        attention != "cudnn" or compute_dtype == "bfloat16",
+        "attention 'cudnn' computes in 16 bits only; set compute_dtype to 'bfloat16' or attention "
+        "to 'auto'",
+    ),
+    lambda original_shards, norm: unless(
+        original_shards == 0 or norm != "layernorm-desync",
+        f"original_shards {original_shards} cannot be followed with norm 'layernorm-desync', whose "
+        "copies drifted apart on the original's shards and are one here; leave original_shards out",
+    ),
+)
+DOUBTFUL: tuple[Rule, ...] = (
+    lambda norm: unless(
+        norm != "layernorm-desync",
+        "norm 'layernorm-desync' is treated as 'layernorm': copies of a norm cannot drift apart",
+    ),
+    lambda pe, pe_rotary_dims: unless(
+        pe.startswith("rotary") or pe_rotary_dims == 0,
+        f"pe_rotary_dims {pe_rotary_dims} has no effect with pe {pe!r}",
+    ),
+)

@@ -1,0 +1,98 @@
+"""What `resharding_example.py` and its relatives do: convert a checkpoint, or check it."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+from mesh_transformer import progress, storage
+from mesh_transformer.checkpoints import opening
+from mesh_transformer.checkpoints.conversion import Conversion, convert, plan
+from mesh_transformer.checkpoints.fitting import n_bytes
+from mesh_transformer.checkpoints.native_source import NativeSource
+from mesh_transformer.checkpoints.source import Source
+from mesh_transformer.config import Config
+from mesh_transformer.data import tokenizer, tokenizer_files
+from mesh_transformer.data.batches import Position
+
+_logger = logging.getLogger(__name__)
+
+
+class Opened(NamedTuple):
+    """A checkpoint, and the configuration of its model."""
+
+    found: opening.Found
+    source: Source
+    config: Config
+
+
+def open_checkpoint(path: str, config: Config | None) -> Opened:
+    """Open a checkpoint of any format, and say what it is.
+
+    Args:
+        config: Of its model; None takes the checkpoint's own.
+
+    Raises:
+        UserError: There is no such checkpoint, or it is of another model.
+    """
+    found = opening.find(path)
+    config = config or opening.stored_config(path)
+    source = opening.open_source(found, config.model, config.checkpoint.original_cores)
+    _logger.info("%s: %s", found.folder, source.about)
+    return Opened(found, source, config)
+
+
+def step_folder(root: str, step: int) -> str:
+    """Name the folder of a step in a run's folder, this library's or the original's."""
+    folders = [storage.join(root, *inside, f"step_{step}") for inside in ((), ("checkpoints",))]
+    return next((folder for folder in folders if storage.exists(folder)), folders[0])
+
+
+def write(
+    source: Source, config: Config, output: str, what: Conversion, *, overwrite: bool = False
+) -> None:
+    """Convert, as `conversion.convert` does; a Hugging Face folder has its tokenizer's files too.
+
+    Raises:
+        UserError: See there.
+    """
+    tokens = tokenizer.load(config.data.tokenizer) if what.format == "hf" else None
+    n_vocab = what.n_vocab or config.model.n_vocab
+    position = source.position if isinstance(source, NativeSource) else None
+
+    def write_tokenizer(folder: str) -> None:
+        if tokens is not None:
+            tokenizer_files.write(folder, tokens, n_vocab)
+
+    with progress.stage("Converting", plan(source, what).n_bytes) as advance:
+        convert(
+            source,
+            config,
+            output,
+            what,
+            position=position or Position().to_json(),
+            overwrite=overwrite,
+            eot_id=None if tokens is None else tokens.eot_id,
+            write_tokenizer=write_tokenizer,
+            advance=advance,
+        )
+    _logger.info("written: %s", output)
+    if what.format == "native":
+        anew = "; the data begins anew, since no other format says how far it was read"
+        _logger.info(
+            "to train on from step %d, set model_dir to %s%s",
+            source.step,
+            output,
+            "" if position else anew,
+        )
+
+
+def verify(found: opening.Found, source: Source) -> None:
+    """Read everything and compare its checksums.
+
+    Raises:
+        CheckpointError: Something is damaged.
+    """
+    with progress.stage("Verifying", n_bytes(source, None, moments=True)) as advance:
+        opening.verify(found, source, advance)
+    _logger.info("whole: %s", found.folder)

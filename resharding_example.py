@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""Turn a checkpoint into another format or another number of shards, in little memory.
+
+    python resharding_example.py --config configs/6B_roto_256.json --input step_383500/ \\
+        --output gpt-j-hf --format hf
+
+--input takes a run's folder or a step folder of this library's or of mesh-transformer-jax's, or a
+Hugging Face folder, on a local disk or in a bucket. --verify compares its checksums; --prompt loads
+it onto the devices there are, whatever number of shards it has, and samples from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+
+from mesh_transformer import config
+from mesh_transformer.errors import run_command
+from mesh_transformer.session import Sampling
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--input", required=True, metavar="PATH", help="the checkpoint to read")
+    add("--config", help="of the run that wrote it; mesh-transformer-jax's hold none")
+    add("--output", metavar="PATH", help="folder to write, of one checkpoint; of a run for native")
+    formats = ("native", "original", "slim", "hf")
+    add("--format", choices=formats, default="original", help="slim: weights alone; %(default)s")
+    add("--shards", type=int, default=1, metavar="N", help="of original and slim; %(default)s")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights; as they are")
+    add("--n-vocab", type=int, metavar="N", help="rows of the vocabulary, padded or cut")
+    add("--file-gb", type=float, default=5.0, metavar="GB", help="of hf's files; %(default)s")
+    add("--overwrite", action="store_true", help="replace what is at --output, once all is done")
+    add("--verify", action="store_true", help="read everything and compare its checksums")
+    add("--prompt", help="load the model and continue this text")
+    args = parser.parse_args()
+    if not (args.output or args.verify or args.prompt):
+        parser.error("say what to do: --output PATH, --verify or --prompt TEXT")
+    warnings.simplefilter("ignore", config.ConfigWarning)  # they concern training
+    run = config.load(args.config) if args.config else None
+
+    from mesh_transformer import resharding  # takes seconds: mistakes above are told at once
+    from mesh_transformer.checkpoints.conversion import Conversion
+    from mesh_transformer.serving import loading
+
+    found, source, run = resharding.open_checkpoint(args.input, run)
+    if args.verify:
+        resharding.verify(found, source)
+    if args.output:
+        keys = {"n_shards": args.shards, "n_vocab": args.n_vocab, "file_gb": args.file_gb}
+        what = Conversion(format=args.format, dtype=args.dtype, **keys)
+        resharding.write(source, run, args.output, what, overwrite=args.overwrite)
+    if args.prompt:
+        model = loading.load(args.input, run)
+        print(args.prompt, end="", flush=True)
+        for piece in model.continuation(args.prompt, Sampling(temperature=0.75, top_p=0.9)):
+            print(piece, end="", flush=True)
+        print()
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

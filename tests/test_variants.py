@@ -1,0 +1,78 @@
+"""Every option of a decoder, as families combine them: on every mesh and in decoding alike."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import small
+
+from mesh_transformer.model.decoder import make_model
+from mesh_transformer.session import Sampling
+from mesh_transformer.training.steps import TrainState
+
+TOKENS_ABT1 = small.tokens(1, 8, small.KEYS["seq"] + 1)
+PROMPTS = [small.tokens(n, seed=n).tolist() for n in (3, 9, 1, 6)]
+N_NEW = 6
+
+
+ALWAYS = ("llama", "one head of keys")
+"""What is tested fast too: between them they have most options."""
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow)
+        for name in small.VARIANTS
+    ]
+)
+def variant(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def test_a_mesh_trains_as_one_device(variant: str) -> None:
+    """Everything is spread; the second step sees what the first made of the weights."""
+    seen = []
+    for dp, mp, zero_stage in ((1, 1, 0), (2, 4, 3)):
+        state = small.start(dp, mp, zero_stage=zero_stage, variant=variant)
+        train = small.steps(dp, mp, zero_stage=zero_stage, variant=variant).train
+        state, first = train(state, TOKENS_ABT1, None)
+        gradients = jax.device_get(optax.tree.get(state.opt_state, "mu"))
+        _, second = train(state, TOKENS_ABT1, None)
+        losses = [float(metrics["loss"]) for metrics in (first, second)]
+        seen.append((np.array([*losses, first["grad_norm"]]), gradients))
+    (alone, theirs), (here, ours) = seen
+    np.testing.assert_allclose(here, alone, rtol=1e-5)
+    assert alone[1] < alone[0], "nothing was learned, so nothing was compared"
+    if small.VARIANTS[variant]["pe"] not in ("rotary", "rotary-half"):
+        # What one number adds to all products of a query, its softmax does not see.
+        for gradients in (ours, theirs):
+            bias = gradients["decoder/layers/block/attention/k"].pop("b", np.zeros(1))
+            np.testing.assert_allclose(bias, 0, atol=1e-8)
+    small.assert_close(ours, theirs, 1e-5)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(theirs):
+        assert np.any(leaf), f"{jax.tree_util.keystr(path)} has no gradient"
+
+
+def test_decoding_on_any_mesh_equals_computing_every_token_anew(variant: str) -> None:
+    config = small.parsed(**small.VARIANTS[variant]).model
+    params = jax.tree.map(lambda leaf: np.asarray(leaf) * 2, small.start(variant=variant).params)
+    apply = jax.jit(make_model(config).apply, compiler_options=small.COMPILED_FAST)
+    for dp, mp in ((1, 1), (2, 4)):
+        worker = small.worker(dp, mp, variant=variant)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, worker.steps.state)
+        step = jax.device_put(jnp.int32(0), shardings.step)
+        worker.state = TrainState(step, jax.device_put(params, shardings.params), ())
+        tokens, logprobs = worker.generate(PROMPTS, Sampling(temperature=0), N_NEW)
+        sequences = np.zeros((len(PROMPTS), config.seq), np.int32)
+        for row, prompt in enumerate(PROMPTS):
+            sequences[row, : len(prompt) + N_NEW] = prompt + tokens[row]
+        logits_BTV, _ = apply(params, sequences, jnp.arange(config.seq)[None])
+        logprobs_BTV = jax.device_get(jax.nn.log_softmax(logits_BTV))
+        for row, prompt in enumerate(PROMPTS):
+            expected_TV = logprobs_BTV[row, len(prompt) - 1 : len(prompt) - 1 + N_NEW]
+            assert tokens[row] == expected_TV.argmax(-1).tolist()
+            np.testing.assert_allclose(logprobs[row], expected_TV.max(-1), rtol=0, atol=1e-5)
