@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -196,3 +198,26 @@ def test_the_driver_does_not_import_jax() -> None:
     program = "import mesh_transformer.driver, sys; sys.exit('jax' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120, env=environment)
+
+
+class SlowToPart:
+    """A host that waits for others when it ends by itself, as one of a JAX program does."""
+
+    def info(self) -> int:
+        atexit.register(time.sleep, 600)
+        return os.getpid()
+
+
+def test_ended_hosts_are_gone_at_once_even_if_nothing_holds_them_any_more(
+    pods: Callable[[int], Pod],
+) -> None:
+    pods(1).nodes(SECONDS)
+    for _ in range(8):  # of so many, two or three would end by themselves if they could
+        actors = [ray.remote(SlowToPart).options(num_cpus=0).remote() for _ in range(4)]
+        pids = ray.get([actor.info.remote() for actor in actors], timeout=SECONDS)
+        cluster.end(actors)
+        del actors
+        end = time.monotonic() + 10
+        while left := [pid for pid in pids if os.path.exists(f"/proc/{pid}")]:
+            assert time.monotonic() < end, f"{len(left)} still there"
+            time.sleep(0.05)

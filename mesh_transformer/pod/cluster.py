@@ -177,8 +177,7 @@ class Cluster:
 
     def kill(self) -> None:
         """End all hosts at once, whatever they are doing."""
-        for host in self._hosts:
-            ray.kill(host, no_restart=True)
+        end(self._hosts)
         self._hosts = []
 
     def settle(self, step: _Step) -> None:
@@ -281,6 +280,19 @@ class Cluster:
         raised = [f"{method} failed on {name}:\n{error}" for name, error in errors]
         silence = f"noticed {time.monotonic() - self._answered:.1f} s after all hosts had answered"
         return SessionLost("\n".join([*(lost.values() or raised[:1]), silence]))
+
+
+def end(hosts: Sequence[Any]) -> None:
+    """Kill actors, and wait until Ray has taken note of it.
+
+    A handle that is given up before then may overtake the order to kill, and Ray would let the host
+    end by itself: one that waits for lost ones as it parts would hold its devices and the folder
+    for half a minute more.
+    """
+    for host in hosts:
+        ray.kill(host, no_restart=True)
+    if asked := [host.info.remote() for host in hosts]:
+        ray.wait(asked, num_returns=len(asked), timeout=_SECONDS_TO_BLAME)
 
 
 def _told(error: ray.exceptions.RayError) -> str:
