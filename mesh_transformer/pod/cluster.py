@@ -291,8 +291,17 @@ def end(hosts: Sequence[Any]) -> None:
     """
     for host in hosts:
         ray.kill(host, no_restart=True)
-    if asked := [host.info.remote() for host in hosts]:
-        ray.wait(asked, num_returns=len(asked), timeout=_SECONDS_TO_BLAME)
+    deadline = time.monotonic() + _SECONDS_TO_BLAME
+    for host in hosts:
+        while time.monotonic() < deadline and _answers(host, deadline):
+            time.sleep(0.01)
+
+
+def _answers(host: Any, deadline: float) -> bool:
+    """Whether a host that is not known to be gone gives an answer in time."""
+    asked = [host.info.remote()]
+    ready, _ = ray.wait(asked, timeout=max(0.0, deadline - time.monotonic()))
+    return bool(ready) and not _error(asked[0])
 
 
 def _told(error: ray.exceptions.RayError) -> str:
