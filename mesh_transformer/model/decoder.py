@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.attention import Cache, n_kv_heads_held
-from mesh_transformer.model.layers import PRODUCT, Block, Embed, Head, Norm, Unembed, logits
+from mesh_transformer.model.block import Block
+from mesh_transformer.model.layers import PRODUCT, Embed, Head, Norm, Unembed, logits
 from mesh_transformer.model.loss import TokenLoss, next_token_loss
 from mesh_transformer.model.positions import LearnedPositions, positions_of, sinusoidal
 from mesh_transformer.model.weights import cast_at_use

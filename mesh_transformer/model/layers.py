@@ -1,4 +1,4 @@
-"""The parts of a decoder: norms, attention heads, feed-forward, block, embedding, head.
+"""The parts of a decoder beside its blocks: norms, matrices, embedding, head.
 
 Modules take positions and cache as arguments and infer nothing from lengths; every module that
 may change the cache returns it. Weights are made under explicit names, which checkpoints keep.
@@ -9,37 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.model.attention import Cache, attention, n_kv_heads_held
-from mesh_transformer.model.positions import Positions, rotate
-from mesh_transformer.sharding import columns, lookup, rows, shard
+from mesh_transformer.sharding import columns, lookup, shard
 
 PRODUCT = "product"
 """Names, for rematerialisation, what is dear to compute again: products and attention."""
 
 PADDING_BIAS = -1e4
 """Bias of rows that pad a vocabulary: the softmax gives them exactly nothing, in float16 too."""
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu_new": jax.nn.gelu,  # the tanh approximation
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
-    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
-    "mish": jax.nn.mish,
-    "sigmoid": jax.nn.sigmoid,
-    "tanh": jnp.tanh,
-}
-"""By the names that Hugging Face's config.json files use."""
 
 
 @dataclasses.dataclass
@@ -106,196 +89,6 @@ class Matrix(hk.Module):
 
 Product = tuple[jax.Array, str]
 """A matrix to multiply by, and its dimensions, as `columns` takes them."""
-
-
-@dataclasses.dataclass
-class Block(hk.Module):
-    """One layer: attention and feed-forward, each added to its input (`residual` says how).
-
-    GPT-J's parallel form, `x + Attention(Norm(x)) + FeedForward(Norm(x))`, has one norm: both
-    branches read one input and add into one output, so the block needs one all-reduce over `mp`
-    forward and one backward. "parallel-untied" is GPT-NeoX's, "sequential" GPT-2's, and
-    "post-norm", the first transformer's, normalises each sum.
-    """
-
-    config: ModelConfig
-    name: str | None = None
-
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        positions: Positions,
-        cache: Cache | None,
-        window: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        cfg = self.config
-        heads, ff = Heads.of(cfg), FeedForward.of(cfg)
-        norm = Norm(cfg, name="norm")
-        ff_norm = norm if cfg.residual == "parallel" else Norm(cfg, name="ff_norm")
-        if cfg.residual in ("sequential", "post-norm"):
-            post = cfg.residual == "post-norm"
-            read, then = (lambda x: x, norm) if post else (norm, lambda x: x)
-            made = _products(read(x_BTD), heads.inputs())
-            a_BTH, cache = attend(heads, made, positions, cache, cfg, window)
-            a_BTD = heads.add_bias(rows((a_BTH, heads.o(), "HD")))
-            x_BTD = then(shard(x_BTD + a_BTD, "BTD"))
-            read, then = (lambda x: x, ff_norm) if post else (ff_norm, lambda x: x)
-            h_BTF = ff.hidden(_products(read(x_BTD), ff.inputs()))
-            return then(shard(x_BTD + ff.add_bias(rows((h_BTF, ff.out(), "FD"))), "BTD")), cache
-        if cfg.residual == "parallel":
-            made = _products(norm(x_BTD), (*heads.inputs(), *ff.inputs()))
-        else:
-            made = (
-                *_products(norm(x_BTD), heads.inputs()),
-                *_products(ff_norm(x_BTD), ff.inputs()),
-            )
-        a_BTH, cache = attend(heads, made[:3], positions, cache, cfg, window)
-        h_BTF = ff.hidden(made[3:])
-        z_BTD = rows((a_BTH, heads.o(), "HD"), (h_BTF, ff.out(), "FD"))
-        return shard(x_BTD + ff.add_bias(heads.add_bias(z_BTD)), "BTD"), cache
-
-
-def _products(y_BTD: jax.Array, weights: tuple[Product, ...]) -> tuple[jax.Array, ...]:
-    return tuple(checkpoint_name(product, PRODUCT) for product in columns(y_BTD, *weights))
-
-
-class FeedForward(NamedTuple):
-    """The weights of a feed-forward layer: to hidden features, their gate if any, and back."""
-
-    up: Matrix
-    gate: Matrix | None
-    out: Matrix
-    config: ModelConfig
-
-    @staticmethod
-    def of(config: ModelConfig) -> FeedForward:
-        read, write = _stddevs(config)
-        d_model, d_ff = config.d_model, config.d_ff
-        with hk.name_scope("ff"):
-            up = Matrix(d_model, d_ff, read, name="in")
-            gate = Matrix(d_model, d_ff, read, name="gate") if config.gated else None
-            return FeedForward(up, gate, Matrix(d_ff, d_model, write, name="out"), config)
-
-    def inputs(self) -> tuple[Product, ...]:
-        """Return what the layer's input is multiplied by."""
-        return tuple((it(), "DF") for it in (self.up, self.gate) if it is not None)
-
-    def hidden(self, products: tuple[jax.Array, ...]) -> jax.Array:
-        """Return the hidden features `BTF` of the products with `inputs`."""
-        dtype, act = products[0].dtype, ACTIVATIONS[self.config.activation]
-        matrices = [it for it in (self.up, self.gate) if it is not None]
-        made = [
-            x_BTF + it.bias(dtype) if self.config.ff_bias else x_BTF
-            for x_BTF, it in zip(products, matrices, strict=True)
-        ]
-        return shard(act(made[0]) if self.gate is None else made[0] * act(made[1]), "BTF")
-
-    def add_bias(self, z_BTD: jax.Array) -> jax.Array:
-        return z_BTD + self.out.bias(z_BTD.dtype) if self.config.ff_bias else z_BTD
-
-
-class Heads(NamedTuple):
-    """The weights of attention: to queries, keys and values, and back from what heads return."""
-
-    q: Matrix
-    k: Matrix
-    v: Matrix
-    o: Matrix
-    q_norm: HeadNorm
-    k_norm: HeadNorm
-    config: ModelConfig
-
-    @staticmethod
-    def of(config: ModelConfig) -> Heads:
-        read, write = _stddevs(config)
-        d_model, width = config.d_model, config.n_heads * config.d_head
-        kv_width = config.n_kv_heads * config.d_head
-        with hk.name_scope("attention"):
-            return Heads(
-                Matrix(d_model, width, read, name="q"),
-                Matrix(d_model, kv_width, read, name="k"),
-                Matrix(d_model, kv_width, read, name="v"),
-                Matrix(width, d_model, write, name="o"),
-                HeadNorm(config, name="q_norm"),
-                HeadNorm(config, name="k_norm"),
-                config,
-            )
-
-    def inputs(self) -> tuple[Product, ...]:
-        """Return what the layer's input is multiplied by."""
-        kv = ((self._copied(it()), "DG") for it in (self.k, self.v))
-        return ((self.q(), "DH"), *kv)
-
-    def split(self, products: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return queries `BTHK`, keys and values `BTGK` of the products with `inputs`."""
-        cfg, dtype = self.config, products[0].dtype
-        q_BTH, k_BTG, v_BTG = products
-        if cfg.qkv_bias:
-            q_BTH = q_BTH + self.q.bias(dtype)
-            k_BTG = k_BTG + self._copied(self.k.bias(dtype))
-            v_BTG = v_BTG + self._copied(self.v.bias(dtype))
-        q_BTHK, k_BTGK, v_BTGK = (
-            shard(x.reshape(*x.shape[:2], -1, cfg.d_head), dims)
-            for x, dims in ((q_BTH, "BTHK"), (k_BTG, "BTGK"), (v_BTG, "BTGK"))
-        )
-        if cfg.qk_norm:
-            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
-        return q_BTHK, k_BTGK, v_BTGK
-
-    def _copied(self, x: jax.Array) -> jax.Array:
-        """Repeat heads of keys or values, the last axis, where `mp` does not divide them."""
-        cfg = self.config
-        copies = n_kv_heads_held(cfg) // cfg.n_kv_heads
-        if copies == 1:
-            return x
-        heads = x.reshape(*x.shape[:-1], cfg.n_kv_heads, cfg.d_head)
-        return jnp.repeat(heads, copies, axis=-2).reshape(*x.shape[:-1], -1)
-
-    def add_bias(self, z_BTD: jax.Array) -> jax.Array:
-        return z_BTD + self.o.bias(z_BTD.dtype) if self.config.o_bias else z_BTD
-
-
-def _stddevs(config: ModelConfig) -> tuple[float, float]:
-    """Return the deviations of weights that read the residual stream and of those that write it."""
-    return config.d_model**-0.5, 2 / config.layers / math.sqrt(config.d_model)
-
-
-@dataclasses.dataclass
-class HeadNorm(hk.Module):
-    """RMSNorm of each head's features, all heads by one scale (arXiv:2302.05442, Qwen3's form)."""
-
-    config: ModelConfig
-    name: str | None = None
-
-    def __call__(self, x_BTHK: jax.Array) -> jax.Array:
-        y_BTHK = mean_square_normalised(x_BTHK.astype(jnp.float32), self.config.norm_epsilon)
-        scale_K = hk.get_parameter("scale", [self.config.d_head], init=jnp.ones)
-        return (y_BTHK * scale_K).astype(x_BTHK.dtype)
-
-
-def attend(
-    heads: Heads,
-    products: tuple[jax.Array, ...],
-    positions: Positions,
-    cache: Cache | None,
-    config: ModelConfig,
-    window: jax.Array | None,
-) -> tuple[jax.Array, Cache | None]:
-    """Split heads, rotate, append to the cache if there is one, and attend; `BTH`."""
-    q_BTHK, k_BTGK, v_BTGK = heads.split(products)
-    if positions.cos_BTR is not None and positions.sin_BTR is not None:
-        halves = config.pe == "rotary-half"
-        q_BTHK, k_BTGK = (
-            rotate(x, positions.cos_BTR, positions.sin_BTR, halves=halves) for x in (q_BTHK, k_BTGK)
-        )
-    if cache is not None:
-        cache = cache.append(k_BTGK, v_BTGK, positions.ids_BT)
-        k_BTGK, v_BTGK = cache.keys_and_values()
-    y_BTHK = attention(
-        q_BTHK, k_BTGK, v_BTGK, positions, config, cached=cache is not None, window=window
-    )
-    y_BTH = shard(y_BTHK.reshape(*y_BTHK.shape[:2], -1), "BTH")
-    return checkpoint_name(y_BTH, PRODUCT), cache
 
 
 @dataclasses.dataclass
