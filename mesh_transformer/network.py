@@ -30,6 +30,10 @@ class ModelConfig(Section):
         n_tokens: Ids that the tokenizer can emit; rows from `n_tokens` to `n_vocab` are padding and
             are never sampled. Left out: the size of a tokenizer known here, at most `n_vocab`.
         seq: Tokens fed at once; a training record holds one more.
+        encoder_layers: Of an encoder, whose output the decoder's layers attend to; 0: there is none.
+        encoder_seq: Tokens that the encoder is fed, the first of a record. Left out: seq.
+        pad_id: The token that fills up what an encoder and its decoder are fed. It is never seen
+            nor learned, and begins what the decoder is fed.
         d_head: Features per head. Left out: d_model / n_heads.
         n_kv_heads: Heads of keys and values, each shared by as many query heads as there are times
             more of those. Left out: n_heads.
@@ -47,6 +51,8 @@ class ModelConfig(Section):
         pe_scaling: How they are stretched beyond the length they were trained with.
         pe_scaling_factors: By how much, in the words of Hugging Face's `rope_scaling`.
         pe_offset: Rows of the "fixed" table before that of the first position.
+        pe_buckets: Of "t5": biases of a head. An encoder uses half of them for either direction.
+        pe_max_distance: Of "t5": from where on all distances share one.
         window: Slots that a query sees, itself included; 0: all before it.
         window_every: The window is that of each layer whose number, from 1, this divides.
         attention_scale: Factor of the products of queries and keys. Left out: 1 / sqrt(d_head).
@@ -58,6 +64,7 @@ class ModelConfig(Section):
         tie_embeddings: Whether the head's weights are the embeddings.
         embed_norm: Whether embeddings are normalised.
         embed_scale: Factor of embeddings, before positions are added.
+        head_scale: Factor of the last features, before the head.
         d_embed: Features of an embedding, projected to and from d_model. Left out: d_model.
         compute_dtype: Of weights in use and activations; master weights are always float32.
         remat: What the backward pass computes anew: whole layers, all but matrix products, nothing.
@@ -72,6 +79,9 @@ class ModelConfig(Section):
     n_heads: Count
     n_vocab: Count
     seq: Annotated[int, Limit(lambda n: n >= 2, "2 or more")]
+    encoder_layers: Natural = 0
+    encoder_seq: Natural = DERIVED
+    pad_id: Natural = 0
     residual: Residual = "parallel"
     norm: Norm = "layernorm"
     norm_epsilon: Positive = 1e-5
@@ -82,6 +92,8 @@ class ModelConfig(Section):
     pe_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
     pe_scaling_factors: Mapping[Text, float] = dataclasses.field(default_factory=dict, hash=False)
     pe_offset: Natural = 0
+    pe_buckets: Count = 32
+    pe_max_distance: Count = 128
     d_head: Count = DERIVED
     n_kv_heads: Count = DERIVED
     window: Natural = 0
@@ -99,6 +111,7 @@ class ModelConfig(Section):
     tie_embeddings: bool = False
     embed_norm: bool = False
     embed_scale: Positive = 1.0
+    head_scale: Positive = 1.0
     d_embed: Count = DERIVED
     n_tokens: Count = DERIVED
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -41,11 +41,13 @@ DERIVED: dict[str, Callable[..., Any]] = {
     "n_kv_heads": lambda n_heads: n_heads,
     "attention_scale": lambda d_head: d_head**-0.5,
     "pe_rotary_dims": lambda pe, d_head: d_head if pe.startswith("rotary") else 0,
+    "encoder_seq": lambda encoder_layers, seq: seq if encoder_layers else 0,
     "n_tokens": lambda n_vocab, tokenizer="": min(n_vocab, TOKENIZER_SIZES.get(tokenizer, n_vocab)),
 }
 
 
 ORIGINAL: dict[str, Any] = {
+    "encoder_layers": (0,),
     "residual": ("parallel",),
     "norm": (
         *("layernorm", "layernorm-nobias", "layernorm-desync"),
@@ -57,6 +59,8 @@ ORIGINAL: dict[str, Any] = {
     "pe_theta": (10_000.0,),
     "pe_scaling": ("none",),
     "pe_offset": (0,),
+    "pe_buckets": (32,),
+    "pe_max_distance": (128,),
     "d_head": DERIVED["d_head"],
     "n_kv_heads": DERIVED["n_kv_heads"],
     "window": (0,),
@@ -73,6 +77,7 @@ ORIGINAL: dict[str, Any] = {
     "tie_embeddings": (False,),
     "embed_norm": (False,),
     "embed_scale": (1.0,),
+    "head_scale": (1.0,),
     "d_embed": DERIVED["d_embed"],
 }
 """What mesh-transformer-jax's first model computes: each key's values, or what it follows from."""
@@ -112,8 +117,50 @@ def _as_the_original(original_shards: int, **keys: Any) -> str | None:
     return f"{start}{'; '.join(problems)}; leave original_shards out"
 
 
+WITH_ENCODER: dict[str, tuple[Any, ...]] = {
+    "residual": ("sequential",),
+    "pe": ("t5",),
+    "window": (0,),
+    "attention": ("auto", "xla"),
+}
+"""What a decoder with an encoder must have."""
+
+
+def _with_encoder(
+    encoder_layers: int, residual: str, pe: str, window: int, attention: str
+) -> str | None:
+    values = {"residual": residual, "pe": pe, "window": window, "attention": attention}
+    problems = [
+        f"{key} {' or '.join(map(shown, kept))}, not {shown(values[key])}"
+        for key, kept in WITH_ENCODER.items()
+        if values[key] not in kept
+    ]
+    needed = f"encoder_layers {encoder_layers} needs {'; '.join(problems)}"
+    return unless(not encoder_layers or not problems, needed)
+
+
 IMPOSSIBLE: tuple[Rule, ...] = (
     _as_the_original,
+    _with_encoder,
+    lambda encoder_layers, encoder_seq, pad_id: unless(
+        encoder_layers > 0 or encoder_seq == pad_id == 0,
+        f"encoder_seq {encoder_seq} and pad_id {pad_id} are of an encoder, and encoder_layers is "
+        "0; set encoder_layers, or leave them out",
+    ),
+    lambda encoder_layers, encoder_seq: unless(
+        encoder_layers == 0 or encoder_seq > 0,
+        f"encoder_layers {encoder_layers} needs an encoder_seq of 1 or more",
+    ),
+    lambda encoder_layers, pad_id, n_vocab: unless(
+        encoder_layers == 0 or pad_id < n_vocab,
+        f"pad_id {pad_id} is no token of n_vocab {n_vocab}; lower it to {n_vocab - 1} or less",
+    ),
+    lambda pe, pe_buckets, pe_max_distance, encoder_layers: unless(
+        pe != "t5" or 1 <= pe_buckets // (4 if encoder_layers else 2) < pe_max_distance,
+        f"pe_buckets {pe_buckets} with pe_max_distance {pe_max_distance}: the first "
+        f"{pe_buckets // (4 if encoder_layers else 2)} distances have a bucket each, which must be "
+        "1 or more, and fewer than pe_max_distance",
+    ),
     lambda n_heads, cores_per_replica: unless(
         n_heads % cores_per_replica == 0,
         f"cores_per_replica {cores_per_replica} does not divide n_heads {n_heads}; "

@@ -9,6 +9,7 @@ One letter names a dimension everywhere: in array suffixes, einsum subscripts an
     D  model features                        L  layers, stacked
     R  buckets of relative positions         G  heads of keys and values
     E  features of an embedding, where they are not those of the model
+    M  copies of an activation, one for each index of `mp`
 
 Letters are global sizes; in a weight, H stands for heads times features per head, and so does G:
 heads are split over devices, never one head (of a G that `mp` does not divide, devices hold copies
@@ -32,7 +33,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-COMPUTE = {"B": "dp", "H": "mp", "G": "mp", "F": "mp", "V": "mp"}
+COMPUTE = {"B": "dp", "H": "mp", "G": "mp", "F": "mp", "V": "mp", "M": "mp"}
 """Mesh axis of each dimension of activations, and of weights while in use."""
 
 STORAGE = COMPUTE | {"D": "dp"}
@@ -45,15 +46,15 @@ PARAM_DIMS = (
     ("embed/norm/(scale|offset)", "D"),
     ("positions/embeddings", "TD"),
     ("relative_positions/embeddings", "HR"),
-    ("layers/block/(norm|ff_norm)/(scale|offset)", "LD"),
-    ("layers/block/(norm|ff_norm)/(gain|shift)", "L"),
-    ("layers/block/attention/q/w", "LDH"),
-    ("layers/block/attention/[kv]/w", "LDG"),
-    ("layers/block/attention/q/b", "LH"),
-    ("layers/block/attention/[kv]/b", "LG"),
-    ("layers/block/attention/[qk]_norm/scale", "LK"),
-    ("layers/block/attention/o/w", "LHD"),
-    ("layers/block/attention/o/b", "LD"),
+    ("layers/block/(norm|cross_norm|ff_norm)/(scale|offset)", "LD"),
+    ("layers/block/(norm|cross_norm|ff_norm)/(gain|shift)", "L"),
+    ("layers/block/(attention|cross)/q/w", "LDH"),
+    ("layers/block/(attention|cross)/[kv]/w", "LDG"),
+    ("layers/block/(attention|cross)/q/b", "LH"),
+    ("layers/block/(attention|cross)/[kv]/b", "LG"),
+    ("layers/block/(attention|cross)/[qk]_norm/scale", "LK"),
+    ("layers/block/(attention|cross)/o/w", "LHD"),
+    ("layers/block/(attention|cross)/o/b", "LD"),
     ("layers/block/ff/(in|gate)/w", "LDF"),
     ("layers/block/ff/(in|gate)/b", "LF"),
     ("layers/block/ff/out/w", "LFD"),
@@ -64,7 +65,7 @@ PARAM_DIMS = (
     ("unembed/w", "DV"),
     ("unembed/b", "V"),
 )
-"""Path of each parameter below `decoder/` (a regular expression) and its dimensions."""
+"""Path of each parameter below `decoder/` or `encoder/` (a regular expression), its dimensions."""
 
 
 def make_mesh(dp: int, mp: int, devices: Sequence[Any] | None = None) -> Mesh:
@@ -222,6 +223,28 @@ _columns.defvjp(
     lambda dims, dtype, x_BTD, weights: (_columns(dims, dtype, x_BTD, weights), (x_BTD, weights)),
     _columns_backward,
 )
+
+
+def copied(x_BTD: jax.Array) -> jax.Array:
+    """Give each index of `mp` a copy of its own, `MBTD`, for `columns_of_copies`.
+
+    No communication forward. Each copy has the gradient of its own index; they are summed here, in
+    one all-reduce however often the copies were multiplied.
+    """
+    return shard(jnp.broadcast_to(x_BTD, (axis_size("mp"), *x_BTD.shape)), "MBTD")
+
+
+def columns_of_copies(
+    x_MBTD: jax.Array, *weights: tuple[jax.Array, str]
+) -> tuple[jax.Array, ...]:
+    """Multiply copies, as `columns` does what they are copies of, but without communication."""
+
+    def products(x_MBTD: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(x_MBTD[0] @ w for w in weights)
+
+    dims = tuple(letters for _, letters in weights)
+    out_dims = tuple(f"BT{letters[1]}" for letters in dims)
+    return over_mp(products, ("MBTD", *dims), out_dims)(x_MBTD, *(w for w, _ in weights))
 
 
 def rows(*factors: tuple[jax.Array, jax.Array, str]) -> jax.Array:

@@ -24,10 +24,11 @@ ROWS: tuple[tuple[str, ...], ...] = (
         "model model.positions model.attention model.layers model.block model.weights model.loss"
         " model.sampling",
     ),
-    ("model.decoder", "model.encoder_decoder"),
+    ("model.encoder model.decoder",),
     (
         "training",
-        "training.memory training.as_original training.optimizer training.gradients training.steps",
+        "training.memory training.as_original training.optimizer training.examples"
+        " training.gradients training.steps",
     ),
     (
         "checkpoints checkpoints.fingerprint checkpoints.retention checkpoints.layout"
@@ -42,7 +43,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
         " data.packing data.dataset data.tfrecord data.jsonl data.webdataset data.encoding"
         " data.batches data.prepare",
     ),
-    ("pod", "pod.checks pod.devices pod.worker pod.host"),
+    ("pod", "pod.checks pod.prompts pod.devices pod.worker pod.host"),
     ("pod.machines pod.cluster pod.startup pod.tpu_api pod.tpu_vm pod.slices",),
     (
         "training.goodput training.loop training.recovery driver",

@@ -90,7 +90,7 @@ def test_no_kind_of_anything_is_left_out_where_meshes_and_decoding_are_tested() 
 def test_every_parameter_has_one_row_of_dimensions_and_every_row_a_parameter() -> None:
     found = set()
     kinds = [{"norm": norm, "pe": pe} for norm in NORMS for pe in POSITIONS]
-    for keys in (*kinds, *small.VARIANTS.values()):
+    for keys in (*kinds, *small.VARIANTS.values(), *small.ENCODER_DECODERS.values()):
         params = shapes(model_config(**keys))
         param_dims(params)  # raises unless exactly one row of the right rank matches each
         found |= {path.split("/", 1)[1] for path in paths(params)}

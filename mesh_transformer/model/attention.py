@@ -30,11 +30,13 @@ class Cache(NamedTuple):
         k_LBSGK: Keys in the compute dtype.
         v_LBSGK: Values in the compute dtype.
         layer: int32, the layer that reads and writes now.
+        cross: What all layers make of an encoder's output, or None.
     """
 
     k_LBSGK: jax.Array
     v_LBSGK: jax.Array
     layer: jax.Array
+    cross: CrossCache | None = None
 
     def append(self, k_BTGK: jax.Array, v_BTGK: jax.Array, positions_BT: jax.Array) -> Cache:
         """Write this layer's keys and values of the given tokens into their slots."""
@@ -52,7 +54,7 @@ class Cache(NamedTuple):
             jax.lax.scatter(stack, at_BT2, new_BTGK, dims, mode="drop")
             for stack, new_BTGK in ((self.k_LBSGK, k_BTGK), (self.v_LBSGK, v_BTGK))
         )
-        return Cache(k_LBSGK, v_LBSGK, self.layer)
+        return self._replace(k_LBSGK=k_LBSGK, v_LBSGK=v_LBSGK)
 
     def keys_and_values(self) -> tuple[jax.Array, jax.Array]:
         """Return this layer's keys and values, `BSGK` each."""
@@ -61,6 +63,36 @@ class Cache(NamedTuple):
             for stack in (self.k_LBSGK, self.v_LBSGK)
         )
         return shard(k_BSGK, "BSGK"), shard(v_BSGK, "BSGK")
+
+
+class CrossCache(NamedTuple):
+    """Products of an encoder's output with each layer's keys and values: written once, then read.
+
+    Attributes:
+        k_LBSG: In the compute dtype.
+        v_LBSG: In the compute dtype.
+        seen_BS: bool, whether a slot holds a token, not padding.
+    """
+
+    k_LBSG: jax.Array
+    v_LBSG: jax.Array
+    seen_BS: jax.Array
+
+    def write(self, layer: jax.Array, k_BSG: jax.Array, v_BSG: jax.Array) -> CrossCache:
+        """Keep a layer's products."""
+        k_LBSG, v_LBSG = (
+            jax.lax.dynamic_update_index_in_dim(stack, new_BSG, layer, 0)
+            for stack, new_BSG in ((self.k_LBSG, k_BSG), (self.v_LBSG, v_BSG))
+        )
+        return self._replace(k_LBSG=k_LBSG, v_LBSG=v_LBSG)
+
+    def read(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return a layer's products, `BSG` each."""
+        k_BSG, v_BSG = (
+            jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+            for stack in (self.k_LBSG, self.v_LBSG)
+        )
+        return shard(k_BSG, "BSG"), shard(v_BSG, "BSG")
 
 
 def n_kv_heads_held(config: ModelConfig) -> int:
@@ -81,7 +113,7 @@ def attention(
     cached: bool,
     window: jax.Array | None = None,
 ) -> jax.Array:
-    """Let each query attend to the slots up to its position; softmax in float32.
+    """Let each query attend to the slots up to its position, or `seen_BS`; softmax in float32.
 
     Query head h reads head h G / H of the keys and values, of which G divides H.
 
@@ -93,7 +125,8 @@ def attention(
             serve whole sequences of a multiple of 128 tokens without a bias or a window; anything
             else is left to XLA.
     """
-    special = positions.bias_BHTS is not None or window is not None
+    special = positions.bias_BHTS is not None or positions.seen_BS is not None
+    special |= window is not None
     scale = config.attention_scale
     if config.attention == "xla" or cached or special or q_BTHK.shape[1] % 128:
         return plain(q_BTHK, k_BSGK, v_BSGK, positions, scale, window)
@@ -129,7 +162,10 @@ def plain(
     if positions.bias_BHTS is not None:
         logits_BHTS = logits_BHTS + positions.bias_BHTS
     slots_S, ids_BT1 = jnp.arange(k_BGSK.shape[2]), positions.ids_BT[:, :, None]
-    seen_BTS = slots_S <= ids_BT1
+    if positions.seen_BS is not None:
+        seen_BTS = positions.seen_BS[:, None]
+    else:
+        seen_BTS = slots_S <= ids_BT1
     if window is not None:
         seen_BTS &= slots_S > ids_BT1 - window
     logits_BHTS = jnp.where(seen_BTS[:, None], logits_BHTS, -1e10)

@@ -19,7 +19,7 @@ from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.attention import Cache, attention, n_kv_heads_held
 from mesh_transformer.model.layers import PRODUCT, Matrix, Norm, Product, mean_square_normalised
 from mesh_transformer.model.positions import Positions, rotate
-from mesh_transformer.sharding import columns, rows, shard
+from mesh_transformer.sharding import columns, columns_of_copies, rows, shard
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": jax.nn.gelu,  # the tanh approximation
@@ -35,6 +35,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 """By the names that Hugging Face's config.json files use."""
 
 
+class Encoded(NamedTuple):
+    """What an encoder makes of its tokens, for the decoder's layers to attend to.
+
+    Attributes:
+        y_MBSD: Features; a copy for each index of `mp`, so that their gradient is summed once.
+        seen_BS: bool, whether a slot holds a token, not padding.
+    """
+
+    y_MBSD: jax.Array
+    seen_BS: jax.Array
+
+
 @dataclasses.dataclass
 class Block(hk.Module):
     """One layer: attention and feed-forward, each added to its input (`residual` says how).
@@ -42,7 +54,8 @@ class Block(hk.Module):
     GPT-J's parallel form, `x + Attention(Norm(x)) + FeedForward(Norm(x))`, has one norm: both
     branches read one input and add into one output, so the block needs one all-reduce over `mp`
     forward and one backward. "parallel-untied" is GPT-NeoX's, "sequential" GPT-2's, and
-    "post-norm", the first transformer's, normalises each sum.
+    "post-norm", the first transformer's, normalises each sum. With an encoder, a sequential block
+    attends to its output between the two.
     """
 
     config: ModelConfig
@@ -54,6 +67,7 @@ class Block(hk.Module):
         positions: Positions,
         cache: Cache | None,
         window: jax.Array | None = None,
+        encoded: Encoded | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         cfg = self.config
         heads, ff = Heads.of(cfg), FeedForward.of(cfg)
@@ -66,6 +80,8 @@ class Block(hk.Module):
             a_BTH, cache = attend(heads, made, positions, cache, cfg, window)
             a_BTD = heads.add_bias(rows((a_BTH, heads.o(), "HD")))
             x_BTD = then(shard(x_BTD + a_BTD, "BTD"))
+            if encoded is not None or (cache is not None and cache.cross is not None):
+                x_BTD, cache = _across(x_BTD, positions, cache, encoded, cfg)
             read, then = (lambda x: x, ff_norm) if post else (ff_norm, lambda x: x)
             h_BTF = ff.hidden(_products(read(x_BTD), ff.inputs()))
             return then(shard(x_BTD + ff.add_bias(rows((h_BTF, ff.out(), "FD"))), "BTD")), cache
@@ -133,11 +149,11 @@ class Heads(NamedTuple):
     config: ModelConfig
 
     @staticmethod
-    def of(config: ModelConfig) -> Heads:
+    def of(config: ModelConfig, name: str = "attention") -> Heads:
         read, write = _stddevs(config)
         d_model, width = config.d_model, config.n_heads * config.d_head
         kv_width = config.n_kv_heads * config.d_head
-        with hk.name_scope("attention"):
+        with hk.name_scope(name):
             return Heads(
                 Matrix(d_model, width, read, name="q"),
                 Matrix(d_model, kv_width, read, name="k"),
@@ -223,3 +239,34 @@ def attend(
     )
     y_BTH = shard(y_BTHK.reshape(*y_BTHK.shape[:2], -1), "BTH")
     return checkpoint_name(y_BTH, PRODUCT), cache
+
+
+def _across(
+    x_BTD: jax.Array,
+    positions: Positions,
+    cache: Cache | None,
+    encoded: Encoded | None,
+    cfg: ModelConfig,
+) -> tuple[jax.Array, Cache | None]:
+    """Attend to an encoder's output, or to what the cache keeps of it, and add the result."""
+    heads, norm = Heads.of(cfg, "cross"), Norm(cfg, name="cross_norm")
+    q_DH, *kv_DG = heads.inputs()
+    (q_BTH,) = _products(norm(x_BTD), (q_DH,))
+    if encoded is not None:
+        k_BSG, v_BSG = (
+            checkpoint_name(product, PRODUCT)
+            for product in columns_of_copies(encoded.y_MBSD, *kv_DG)
+        )
+        seen_BS = encoded.seen_BS
+        if cache is not None and cache.cross is not None:
+            cache = cache._replace(cross=cache.cross.write(cache.layer, k_BSG, v_BSG))
+    else:
+        assert cache is not None and cache.cross is not None, "the caller has looked"
+        k_BSG, v_BSG = cache.cross.read(cache.layer)
+        seen_BS = cache.cross.seen_BS
+    q_BTHK, k_BSGK, v_BSGK = heads.split((q_BTH, k_BSG, v_BSG))
+    seen = Positions(positions.ids_BT, seen_BS=seen_BS)
+    y_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, seen, cfg, cached=True)
+    y_BTH = checkpoint_name(shard(y_BTHK.reshape(*y_BTHK.shape[:2], -1), "BTH"), PRODUCT)
+    a_BTD = heads.add_bias(rows((y_BTH, heads.o(), "HD")))
+    return shard(x_BTD + a_BTD, "BTD"), cache

@@ -1,4 +1,7 @@
-"""The decoder: tokens to logits, one Haiku module tree for training, scoring and decoding."""
+"""The decoder: tokens to logits, one Haiku module tree for training, scoring and decoding.
+
+With an encoder (`encoder_layers`) every block also attends to what that makes of other tokens.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.model.attention import Cache, n_kv_heads_held
-from mesh_transformer.model.block import Block
-from mesh_transformer.model.layers import PRODUCT, Embed, Head, Norm, Unembed, logits
+from mesh_transformer.model.attention import Cache, CrossCache, n_kv_heads_held
+from mesh_transformer.model.block import Block, Encoded
+from mesh_transformer.model.encoder import Encoder
+from mesh_transformer.model.layers import Embed, Head, Norm, Unembed, kept_for_backward, logits
 from mesh_transformer.model.loss import TokenLoss, next_token_loss
 from mesh_transformer.model.positions import LearnedPositions, positions_of, sinusoidal
 from mesh_transformer.model.weights import cast_at_use
@@ -33,12 +37,15 @@ class Decoder(hk.Module):
         positions_BT: jax.Array,
         cache: Cache | None = None,
         *,
+        encoded: Encoded | None = None,
         targets_BT: jax.Array | None = None,
     ) -> tuple[Any, Cache | None]:
         """Return what follows the tokens, and the cache after them.
 
         Args:
             positions_BT: int32; B may be 1 where all sequences agree.
+            encoded: An encoder's output; its keys and values go to the cache, if one came in, and
+                later calls with that cache need it no more.
             targets_BT: If given, the first result is the `TokenLoss` of these, not logits.
 
         Returns:
@@ -59,7 +66,7 @@ class Decoder(hk.Module):
             x_BTD, cache = carry
             cache = None if cache is None else cache._replace(layer=layer)
             window = window_of(layer, cfg)
-            return Block(cfg, name="block")(x_BTD, positions, cache, window), None
+            return Block(cfg, name="block")(x_BTD, positions, cache, window, encoded), None
 
         stack = hk.layer_stack(
             cfg.layers, with_per_layer_inputs=True, unroll=cfg.unroll, name="layers"
@@ -69,6 +76,8 @@ class Decoder(hk.Module):
         )
         if cfg.final_norm:
             x_BTD = Norm(cfg, name="final_norm")(x_BTD)
+        if cfg.head_scale != 1:
+            x_BTD = x_BTD * jnp.asarray(cfg.head_scale, x_BTD.dtype)
         # Read outside what backward recomputes: a spread head is then gathered once.
         head = Unembed(cfg, name="unembed")(table_VE)
         if targets_BT is None:
@@ -78,6 +87,11 @@ class Decoder(hk.Module):
             return next_token_loss(logits(x_BTD, head), targets_BT)
 
         return kept_for_backward(loss, cfg.remat)(x_BTD, targets_BT, head), cache
+
+    @hk.name_like("__call__")
+    def embedded(self, tokens_BS: jax.Array) -> jax.Array:
+        """Return the embeddings `BSD` of an encoder's tokens: both stacks share one table."""
+        return Embed(self.config, name="embed")(tokens_BS)[0]
 
 
 def window_of(layer: jax.Array, config: ModelConfig) -> jax.Array | None:
@@ -89,46 +103,58 @@ def window_of(layer: jax.Array, config: ModelConfig) -> jax.Array | None:
 
 
 class Model(NamedTuple):
-    """The decoder as pure functions.
+    """The decoder, with its encoder if it has one, as pure functions.
 
     Attributes:
         init: key -> params.
-        apply: params, tokens_BT, positions_BT, cache, targets_BT= -> as `Decoder`.
+        apply: params, tokens_BT, positions_BT, cache, sources_BS=, targets_BT= -> as `Decoder`;
+            sources_BS is what the encoder is fed, filled up with `pad_id`.
+        config: The network.
     """
 
     init: Callable[[jax.Array], hk.Params]
     apply: Callable[..., tuple[Any, Cache | None]]
+    config: ModelConfig
 
 
 def make_model(config: ModelConfig) -> Model:
     """Return the model's pure functions; weights are cast to the compute dtype where used."""
 
-    def forward(*args: Any, **options: Any) -> tuple[Any, Cache | None]:
+    def forward(
+        *args: Any, sources_BS: jax.Array | None = None, **options: Any
+    ) -> tuple[Any, Cache | None]:
         with cast_at_use(jnp.dtype(config.compute_dtype)):
-            return Decoder(config, name="decoder")(*args, **options)
+            decoder = Decoder(config, name="decoder")
+            if sources_BS is not None:
+                encoder, seen_BS = Encoder(config, name="encoder"), sources_BS != config.pad_id
+                options["encoded"] = encoder(decoder.embedded(sources_BS), seen_BS)
+            return decoder(*args, **options)
 
     transformed = hk.without_apply_rng(hk.transform(forward))
 
     def init(key: jax.Array) -> hk.Params:
         one_token_BT = jnp.zeros((1, 1), jnp.int32)
-        return transformed.init(key, one_token_BT, one_token_BT)
+        sources = {"sources_BS": one_token_BT} if config.encoder_layers else {}
+        return transformed.init(key, one_token_BT, one_token_BT, **sources)
 
-    return Model(init, transformed.apply)
+    return Model(init, transformed.apply, config)
 
 
-def empty_cache(config: ModelConfig, n_sequences: int, n_slots: int) -> Cache:
-    """Return a cache with room for `n_slots` positions of each sequence."""
+def empty_cache(
+    config: ModelConfig, n_sequences: int, n_slots: int, sources_BS: jax.Array | None = None
+) -> Cache:
+    """Return a cache with room for `n_slots` positions of each sequence.
+
+    Args:
+        sources_BS: What an encoder is about to be fed.
+    """
     shape = (config.layers, n_sequences, n_slots, n_kv_heads_held(config), config.d_head)
     zeros_LBSGK = shard(jnp.zeros(shape, config.compute_dtype), "LBSGK")
-    return Cache(zeros_LBSGK, zeros_LBSGK, jnp.int32(0))
+    cross = None
+    if sources_BS is not None:
+        width = n_kv_heads_held(config) * config.d_head
+        shape = (config.layers, *sources_BS.shape, width)
+        zeros_LBSG = shard(jnp.zeros(shape, config.compute_dtype), "LBSG")
+        cross = CrossCache(zeros_LBSG, zeros_LBSG, sources_BS != config.pad_id)
+    return Cache(zeros_LBSGK, zeros_LBSGK, jnp.int32(0), cross)
 
-
-def kept_for_backward(part: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """Let a part of the model keep for its backward pass its input, its products too, or all."""
-    if remat == "none":
-        return part
-    policies = {
-        "full": None,
-        "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
-    }
-    return hk.remat(part, policy=policies[remat])

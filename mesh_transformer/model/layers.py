@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
@@ -20,6 +21,17 @@ from mesh_transformer.sharding import columns, lookup, shard
 
 PRODUCT = "product"
 """Names, for rematerialisation, what is dear to compute again: products and attention."""
+
+def kept_for_backward(part: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """Let a part of the model keep for its backward pass its input, its products too, or all."""
+    if remat == "none":
+        return part
+    policies = {
+        "full": None,
+        "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    }
+    return hk.remat(part, policy=policies[remat])
+
 
 PADDING_BIAS = -1e4
 """Bias of rows that pad a vocabulary: the softmax gives them exactly nothing, in float16 too."""

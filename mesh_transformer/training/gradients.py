@@ -26,7 +26,7 @@ from mesh_transformer.model.decoder import Model
 from mesh_transformer.model.loss import TokenLoss
 from mesh_transformer.model.weights import Weight, sum_into_shards
 from mesh_transformer.sharding import axis_size, is_matrix, over_mp, shard, spread_axis, sum_of
-from mesh_transformer.training import as_original
+from mesh_transformer.training import as_original, examples
 
 SCATTERED, SPREAD = 2, 3
 """The first stage that scatters the gradient sum, and the first that spreads weights in use."""
@@ -121,10 +121,10 @@ def _on_one_replica(
 ) -> tuple[Any, jax.Array, jax.Array, jax.Array | None]:
     stage, shards = config.mesh.zero_stage, config.optimizer.original_shards
     n_replicas, n_steps = jax.lax.axis_size("dp"), tokens_ABT1.shape[0]
-    if mask_ABT is None:
-        mask_ABT = jnp.ones(tokens_ABT1[..., 1:].shape, jnp.float32)
+    mask_ABT = examples.weighed(tokens_ABT1, mask_ABT, config.model)
     n_valid = jnp.maximum(jax.lax.psum(mask_ABT.sum(), "dp"), 1)
-    n_valid_last = jnp.maximum(jax.lax.psum(mask_ABT[..., -1].sum(), "dp"), 1)
+    last_AB = examples.last_of(mask_ABT, mask_ABT, config.model)
+    n_valid_last = jnp.maximum(jax.lax.psum(last_AB.sum(), "dp"), 1)
     receivers = jax.tree.map(functools.partial(_receiver, config), weights, dims)
 
     def objective(receivers: Any, tokens_BT1: jax.Array, mask_BT: jax.Array) -> Any:
@@ -137,7 +137,8 @@ def _on_one_replica(
         seen = score(model, params, tokens_BT1)
         nll = (seen.loss_BT * mask_BT).sum() / n_valid
         penalty = (as_original.penalty(seen, shards) * mask_BT).sum() / n_valid
-        last_loss = (seen.loss_BT * mask_BT)[:, -1].sum() / n_valid_last
+        last_loss_B = examples.last_of(seen.loss_BT * mask_BT, mask_BT, config.model)
+        last_loss = last_loss_B.sum() / n_valid_last
         total = nll + config.model.z_loss * penalty
         if shards:
             return total, (total, last_loss + config.model.z_loss * penalty)
@@ -171,10 +172,10 @@ def _on_one_replica(
 
 
 def score(model: Model, params: Any, tokens_BT1: jax.Array) -> TokenLoss:
-    """Return the loss of each token but the first, given those before it."""
-    inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
+    """Return the loss of each token but the first that the decoder has, given those before it."""
+    inputs_BT, targets_BT, sources = examples.split(tokens_BT1, model.config)
     positions_BT = jnp.arange(inputs_BT.shape[1])[None]
-    return model.apply(params, inputs_BT, positions_BT, targets_BT=targets_BT)[0]
+    return model.apply(params, inputs_BT, positions_BT, targets_BT=targets_BT, **sources)[0]
 
 
 def _receiver(config: Config, weight: jax.Array, dims: str) -> jax.Array:

@@ -19,7 +19,7 @@ from mesh_transformer.model.decoder import Model, empty_cache, make_model
 from mesh_transformer.model.sampling import Choice, choose
 from mesh_transformer.model.weights import Weight
 from mesh_transformer.sharding import COMPUTE, param_dims, shard, spec, stored_spec
-from mesh_transformer.training import as_original
+from mesh_transformer.training import as_original, examples
 from mesh_transformer.training.gradients import (
     SPREAD,
     accumulate,
@@ -97,7 +97,8 @@ class Steps(NamedTuple):
             last_loss, grad_norm, micro_grad_norm, lr; float32 scalars.
         evaluate: params, tokens_BT1 -> loss_BT, correct_BT.
         copies: params -> the weights in the compute dtype, for `prefill` and `decode`.
-        prefill: copies, tokens_BT, S -> Cache with room for S positions.
+        prefill: copies, tokens_BT, S -> Cache with room for S positions; tokens are what an
+            encoder is fed, if there is one.
         decode: copies, Continuation (donated), Choice, stop_ids, n -> Continuation, n tokens on.
     """
 
@@ -216,7 +217,10 @@ def train(
 def evaluate(
     params: hk.Params, tokens_BT1: jax.Array, *, config: Config, model: Model, dims: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the loss of each token in nats, and whether it is the most likely one."""
+    """Return the loss of each token in nats, and whether it is the most likely one.
+
+    Of padding: 0 and False.
+    """
     spread = config.mesh.zero_stage >= SPREAD
 
     def on_one_replica(weights: Any, tokens_BT1: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -224,6 +228,9 @@ def evaluate(
             lambda weight, letters: Weight(weight, weight, letters, spread), weights, dims
         )
         seen = score(model, params, tokens_BT1)
+        if config.model.encoder_layers:
+            is_valid_BT = examples.weighed(tokens_BT1, None, config.model) > 0
+            return jnp.where(is_valid_BT, seen.loss_BT, 0), seen.correct_BT & is_valid_BT
         return seen.loss_BT, seen.correct_BT
 
     return over_dp(
@@ -246,6 +253,13 @@ def prefill(
     What lies past a prompt's end is junk: beyond the positions that any query sees, and
     overwritten as decoding gets there.
     """
+    if config.model.encoder_layers:
+        sources_BS = shard(tokens_BT, "BS")
+        cache = empty_cache(config.model, sources_BS.shape[0], n_slots, sources_BS)
+        # Whatever the first token makes of it, decoding computes anew; the encoder's part stays.
+        start_BT = jnp.full((sources_BS.shape[0], 1), config.model.pad_id)
+        start = shard(start_BT, "BT"), jnp.zeros((1, 1), jnp.int32)
+        return model.apply(weights, *start, cache, sources_BS=sources_BS)[1]
     cache = empty_cache(config.model, tokens_BT.shape[0], n_slots)
     positions_BT = jnp.arange(tokens_BT.shape[1])[None]
     return model.apply(weights, shard(tokens_BT, "BT"), positions_BT, cache)[1]
