@@ -30,7 +30,7 @@ class ModelConfig(Section):
         n_tokens: Ids that the tokenizer can emit; rows from `n_tokens` to `n_vocab` are padding and
             are never sampled. Left out: the size of a tokenizer known here, at most `n_vocab`.
         seq: Tokens fed at once; a training record holds one more.
-        encoder_layers: Of an encoder, whose output the decoder's layers attend to; 0: there is none.
+        encoder_layers: Of an encoder, to whose output the decoder's layers attend; 0: without one.
         encoder_seq: Tokens that the encoder is fed, the first of a record. Left out: seq.
         pad_id: The token that fills up what an encoder and its decoder are fed. It is never seen
             nor learned, and begins what the decoder is fed.

@@ -62,7 +62,8 @@ def write(
 
     def write_tokenizer(folder: str) -> None:
         if tokens is not None:
-            tokenizer_files.write(folder, tokens, n_vocab)
+            start_id = config.model.pad_id if config.model.encoder_layers else None
+            tokenizer_files.write(folder, tokens, n_vocab, start_id=start_id)
 
     with progress.stage("Converting", plan(source, what).n_bytes) as advance:
         convert(

@@ -234,9 +234,7 @@ def copied(x_BTD: jax.Array) -> jax.Array:
     return shard(jnp.broadcast_to(x_BTD, (axis_size("mp"), *x_BTD.shape)), "MBTD")
 
 
-def columns_of_copies(
-    x_MBTD: jax.Array, *weights: tuple[jax.Array, str]
-) -> tuple[jax.Array, ...]:
+def columns_of_copies(x_MBTD: jax.Array, *weights: tuple[jax.Array, str]) -> tuple[jax.Array, ...]:
     """Multiply copies, as `columns` does what they are copies of, but without communication."""
 
     def products(x_MBTD: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:

@@ -8,8 +8,9 @@ Model FLOPs utilisation (MFU) after PaLM, arXiv:2204.02311, appendix B:
 N counts the weights that multiply activations: attention, feed-forward and output projections. The
 embedding and learned positions are looked up, not multiplied, and count nothing; biases and norms
 are left out as well. 12 L H K T is attention as if every token saw all T tokens: like PaLM it is
-not halved for the causal mask. Recomputation (rematerialisation) is work, but not the model's, and
-is not counted.
+not halved for the causal mask. An encoder's work on the tokens that it is fed is counted with the
+tokens that are trained, the decoder's. Recomputation (rematerialisation) is work, but not the
+model's, and is not counted.
 """
 
 from __future__ import annotations
@@ -30,9 +31,33 @@ def matmul_parameters(model: ModelConfig) -> int:
 
 
 def train_flops_per_token(model: ModelConfig) -> float:
-    """Count the operations of forward and backward pass per trained token: 6 N + 12 L H K T."""
+    """Count the operations of forward and backward pass per trained token: 6 N + 12 L H K T.
+
+    As if every sequence were as long as it may be.
+    """
+    if model.encoder_layers:
+        return _with_encoder(model)
     attention = 12 * model.layers * model.n_heads * model.d_head * model.seq
     return float(6 * matmul_parameters(model) + attention)
+
+
+def _with_encoder(model: ModelConfig) -> float:
+    """Count as above for two stacks: N of each times its own tokens, attention to S tokens in T."""
+    d_model, width, kv_width = (
+        model.d_model,
+        model.n_heads * model.d_head,
+        model.n_kv_heads * model.d_head,
+    )
+    read, write = 2 * d_model * kv_width, 2 * d_model * width  # keys and values; queries and back
+    feed_forward = (3 if model.gated else 2) * d_model * model.d_ff
+    n_sources, n_targets = model.encoder_seq, model.seq
+    of_sources = model.encoder_layers * (read + write + feed_forward) + model.layers * read
+    of_targets = model.layers * (read + 2 * write + feed_forward) + d_model * model.n_vocab
+    attended = model.encoder_layers * n_sources**2 + model.layers * n_targets * (
+        n_targets + n_sources
+    )
+    whole = 6 * (of_sources * n_sources + of_targets * n_targets) + 12 * width * attended
+    return whole / n_targets
 
 
 def mfu(

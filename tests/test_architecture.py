@@ -36,12 +36,13 @@ ROWS: tuple[tuple[str, ...], ...] = (
         " checkpoints.native_source checkpoints.fitting checkpoints.native_writer"
         " checkpoints.roles checkpoints.npz checkpoints.original checkpoints.fused"
         " checkpoints.safetensors checkpoints.pytorch checkpoints.family checkpoints.family_keys"
-        " checkpoints.gpt_families checkpoints.llama_families checkpoints.families"
+        " checkpoints.gpt_families checkpoints.llama_families checkpoints.t5_family"
+        " checkpoints.families"
         " checkpoints.tensors checkpoints.huggingface checkpoints.placing checkpoints.opening"
         " checkpoints.conversion",
         "data data.cleaning data.framing data.documents data.tokenizer data.tokenizer_files"
-        " data.packing data.dataset data.tfrecord data.jsonl data.webdataset data.encoding"
-        " data.batches data.prepare",
+        " data.packing data.pairs data.dataset data.tfrecord data.jsonl data.webdataset"
+        " data.encoding data.batches data.prepare",
     ),
     ("pod", "pod.checks pod.prompts pod.devices pod.worker pod.host"),
     ("pod.machines pod.cluster pod.startup pod.tpu_api pod.tpu_vm pod.slices",),

@@ -11,7 +11,6 @@ import optax
 import pytest
 import small
 
-from mesh_transformer.errors import UserError
 from mesh_transformer.model.decoder import make_model
 from mesh_transformer.session import Sampling
 from mesh_transformer.training.steps import TrainState

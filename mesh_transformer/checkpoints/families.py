@@ -16,10 +16,11 @@ from mesh_transformer.checkpoints.family import Family, Json, as_json, shown
 from mesh_transformer.checkpoints.gpt_families import BLOOM, GPT2, GPT_NEO, GPT_NEOX, GPTJ, OPT
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.llama_families import GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3
+from mesh_transformer.checkpoints.t5_family import T5
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.schema import ConfigError
 
-FAMILIES = (GPTJ, GPT2, GPT_NEO, GPT_NEOX, OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA)
+FAMILIES = (GPTJ, GPT2, GPT_NEO, GPT_NEOX, OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, T5)
 """A model is written as the first of them that computes it."""
 
 _ALWAYS_SAME = {"quantization_config": None}
@@ -98,12 +99,12 @@ def config_json(
             f"{family.name} comes closest:"
         )
         raise CheckpointError("\n  - ".join([heading, *problems]))
-    begin_id = family.begin_id if eot_id is None else eot_id
+    begin_id = family.begin_id if eot_id is None or family.begin_id is None else eot_id
     eot_id = family.eot_id if eot_id is None else eot_id
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        "bos_token_id": begin_id if begin_id < model.n_vocab else None,
+        "bos_token_id": None if begin_id is None or begin_id >= model.n_vocab else begin_id,
         "eos_token_id": eot_id if eot_id < model.n_vocab else None,
         # Releases before 5 know the older name alone, later ones both.
         "torch_dtype": str(dtype),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -70,20 +71,25 @@ class Tensor(NamedTuple):
 def tensors(family: Family, model: ModelConfig) -> list[Tensor]:
     """List the arrays that a family has of a model, in the order of its rows; layers in order."""
     ours = model_arrays(model)
-    layers = [i for i, row in enumerate(family.rows) if "{}" in row.theirs]
-    first, last = layers[0], layers[-1] + 1
-    found = [_tensor(row, None, model, ours) for row in family.rows[:first]]
-    for layer in range(model.layers):
-        found += [_tensor(row, layer, model, ours) for row in family.rows[first:last]]
-    found += [_tensor(row, None, model, ours) for row in family.rows[last:]]
+    found = []
+    for stack, group in itertools.groupby(family.rows, _stack):
+        rows = list(group)
+        n_layers = {"encoder": model.encoder_layers, "decoder": model.layers}
+        for layer in range(n_layers[stack]) if stack else (None,):
+            found += [_tensor(row, layer, model, ours) for row in rows]
     return [tensor for tensor in found if tensor is not None]
+
+
+def _stack(row: Row) -> str | None:
+    """Name the stack whose layers have an array; None: it is of no layer."""
+    return row.paths[0].partition("/")[0] if "{}" in row.theirs else None
 
 
 def _tensor(
     row: Row, layer: int | None, model: ModelConfig, ours: Mapping[Key, tuple[int, ...]]
 ) -> Tensor | None:
     keys = tuple(Key(PARAMS, path, layer) for path in row.paths)
-    if not all(key in ours for key in keys):
+    if row.gated not in (None, model.gated) or not all(key in ours for key in keys):
         return None
     shape = ours[keys[0]][::-1] if row.transposed else ours[keys[0]]
     tensor = Tensor(row.theirs.format(layer), row, shape, keys, 1)

@@ -27,12 +27,13 @@ _FAST = "PreTrainedTokenizerFast"
 _COPIED = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 
 
-def write(folder: str, tokenizer: Tokenizer, n_vocab: int) -> None:
+def write(folder: str, tokenizer: Tokenizer, n_vocab: int, *, start_id: int | None = None) -> None:
     """Write a tokenizer's files, and generation_config.json, into a folder that is there.
 
     Args:
         n_vocab: Rows of the model's vocabulary. As in the published GPT-J, gpt2's ids beyond those
             of its tokens are named <|extratoken_1|>, <|extratoken_2|>...
+        start_id: What begins every answer, and pads, of a model with an encoder; None: without one.
 
     Raises:
         DataError: The tokenizer has more ids than the model, or no files of its own.
@@ -50,14 +51,17 @@ def write(folder: str, tokenizer: Tokenizer, n_vocab: int) -> None:
         _copy(folder, tokenizer)
     else:
         raise DataError(f"tokenizer {tokenizer.name} has no tokenizer.json that could be copied")
-    _write_json(folder, "generation_config.json", _generation(tokenizer))
+    _write_json(folder, "generation_config.json", _generation(tokenizer, start_id))
 
 
-def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
+def _generation(tokenizer: Tokenizer, start_id: int | None) -> dict[str, Any]:
+    if start_id is None:
+        ids = {"bos_token_id": tokenizer.eot_id, "pad_token_id": tokenizer.eot_id}
+    else:
+        ids = {"decoder_start_token_id": start_id, "pad_token_id": start_id}
     return {
-        "bos_token_id": tokenizer.eot_id,
+        **ids,
         "eos_token_id": tokenizer.eot_id,
-        "pad_token_id": tokenizer.eot_id,
         "do_sample": True,
         "temperature": TEMPERATURE,
         "top_p": TOP_P,

@@ -162,10 +162,8 @@ def plain(
     if positions.bias_BHTS is not None:
         logits_BHTS = logits_BHTS + positions.bias_BHTS
     slots_S, ids_BT1 = jnp.arange(k_BGSK.shape[2]), positions.ids_BT[:, :, None]
-    if positions.seen_BS is not None:
-        seen_BTS = positions.seen_BS[:, None]
-    else:
-        seen_BTS = slots_S <= ids_BT1
+    seen_BS = positions.seen_BS
+    seen_BTS = slots_S <= ids_BT1 if seen_BS is None else seen_BS[:, None]
     if window is not None:
         seen_BTS &= slots_S > ids_BT1 - window
     logits_BHTS = jnp.where(seen_BTS[:, None], logits_BHTS, -1e10)

@@ -153,8 +153,7 @@ def empty_cache(
     cross = None
     if sources_BS is not None:
         width = n_kv_heads_held(config) * config.d_head
-        shape = (config.layers, *sources_BS.shape, width)
-        zeros_LBSG = shard(jnp.zeros(shape, config.compute_dtype), "LBSG")
+        zeros = jnp.zeros((config.layers, *sources_BS.shape, width), config.compute_dtype)
+        zeros_LBSG = shard(zeros, "LBSG")
         cross = CrossCache(zeros_LBSG, zeros_LBSG, sources_BS != config.pad_id)
     return Cache(zeros_LBSGK, zeros_LBSGK, jnp.int32(0), cross)
-

@@ -22,6 +22,7 @@ from mesh_transformer.sharding import columns, lookup, shard
 PRODUCT = "product"
 """Names, for rematerialisation, what is dear to compute again: products and attention."""
 
+
 def kept_for_backward(part: Callable[..., Any], remat: str) -> Callable[..., Any]:
     """Let a part of the model keep for its backward pass its input, its products too, or all."""
     if remat == "none":

@@ -31,7 +31,9 @@ from mesh_transformer.training.steps import Continuation, TrainState, make_steps
 
 # What may differ between a checkpoint and the configuration that reads it: how the model is
 # computed, trained and sampled. All else says which function the weights are the weights of.
-_FREE = {"seq", "encoder_seq", "n_tokens", "compute_dtype", "remat", "unroll", "attention", "z_loss"}
+_FREE = {"seq", "encoder_seq", "n_tokens"} | {
+    *("compute_dtype", "remat", "unroll", "attention", "z_loss"),
+}
 
 _logger = logging.getLogger(__name__)
 

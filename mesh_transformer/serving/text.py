@@ -73,20 +73,32 @@ def continuation(
     *,
     max_new_tokens: int,
     seq: int,
+    encoder_seq: int = 0,
 ) -> Iterator[str]:
     """Yield the text that follows a prompt, in pieces that never break a character.
 
     An empty prompt continues the end of a text, as a new document begins. A prompt that leaves no
     room for the new tokens loses its beginning, with a warning.
 
+    Args:
+        encoder_seq: Tokens that an encoder is fed, if there is one: the prompt and an end of text.
+            One that is longer loses what comes before its end, with a warning.
+
     Raises:
         UserError: `checked_length` refuses the number of new tokens.
     """
     room = seq - checked_length(max_new_tokens, seq)
-    ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
-    if len(ids) > room:
+    ids = tokenizer.encode(prompt)
+    if encoder_seq:
+        if len(ids) >= encoder_seq:
+            first = encoder_seq - 1
+            _logger.warning("the prompt has %d tokens; only its first %d are used", len(ids), first)
+            ids = ids[:first]
+        ids = [*ids, tokenizer.eot_id]
+    elif len(ids) > room:
         _logger.warning("the prompt has %d tokens; only its last %d are used", len(ids), room)
         ids = ids[-room:]
+    ids = ids or [tokenizer.eot_id]
     text = TextStream(tokenizer)
     for piece in model.stream([ids], sampling, max_new_tokens, every=_TOKENS_AT_ONCE):
         yield "".join(map(text.push, piece.tokens[0]))

@@ -135,14 +135,15 @@ class Data:
         self._config = config
         self._n_devices = n_devices
         self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
+        names = ("seq", "encoder_seq", "pad_id", "n_vocab")
+        self._record: dict[str, int] = {name: getattr(config.model, name) for name in names}
         self.train_from(Position()).close()
         self.validation: Mapping[str, ValidationBatches] = {
             name: ValidationBatches(
                 index,
                 batch=config.val_batch(n_devices),
-                seq=config.model.seq,
-                n_vocab=config.model.n_vocab,
                 tokenizer=self.tokenizer,
+                **self._record,
             )
             for name, index in config.data.val_set.items()
             if config.run.val_batches
@@ -161,10 +162,9 @@ class Data:
                 config.batch.gradient_accumulation_steps,
                 config.global_batch(self._n_devices),
             ),
-            seq=config.model.seq,
-            n_vocab=config.model.n_vocab,
             position=position,
             tokenizer=self.tokenizer,
+            **self._record,
         )
 
 
@@ -331,7 +331,7 @@ class _Training:
             n_correct += int(seen.correct_BT.sum())
             n_tokens += int(mask_BT.sum())
             if lengths_V is not None:
-                seen_ids = tokens_BT1[:, 1:][mask_BT]
+                seen_ids = tokens_BT1[:, -mask_BT.shape[1] :][mask_BT]
                 n_bytes += int(lengths_V[seen_ids[seen_ids < len(lengths_V)]].sum())
         bytes_per_token = n_bytes / n_tokens if n_bytes else None
         accuracy = n_correct / n_tokens
