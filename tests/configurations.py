@@ -28,6 +28,8 @@ MINIMAL = {
 }
 """Every key that has no default."""
 
+WITH_ENCODER = {"encoder_layers": 2, "residual": "sequential", "pe": "t5"}
+
 OF_THE_MODEL: list[tuple[dict, str]] = [
     (
         {"pe_rotary_dims": 18},
@@ -67,6 +69,43 @@ OF_THE_MODEL: list[tuple[dict, str]] = [
     (
         {"residual": "post-norm"},
         "residual 'post-norm' ends with a norm, so that final_norm must be false",
+    ),
+    (
+        {"encoder_layers": 2, "residual": "sequential", "window": 3, "attention": "splash"},
+        "encoder_layers 2 needs pe 't5', not 'rotary'; window 0, not 3; attention 'auto' or 'xla', "
+        "not 'splash'",
+    ),
+    (
+        {"encoder_layers": 2, "pe": "t5"},
+        "encoder_layers 2 needs residual 'sequential', not 'parallel'",
+    ),
+    (
+        {"encoder_seq": 9},
+        "encoder_seq 9 and pad_id 0 are of an encoder, and encoder_layers is 0; set "
+        "encoder_layers, or leave them out",
+    ),
+    (
+        {"pad_id": 1},
+        "encoder_seq 0 and pad_id 1 are of an encoder, and encoder_layers is 0; set "
+        "encoder_layers, or leave them out",
+    ),
+    (
+        {**WITH_ENCODER, "encoder_seq": 0},
+        "encoder_layers 2 needs an encoder_seq of 1 or more",
+    ),
+    (
+        {**WITH_ENCODER, "pad_id": 512},
+        "pad_id 512 is no token of n_vocab 512; lower it to 511 or less",
+    ),
+    (
+        {"pe": "t5", "pe_buckets": 40, "pe_max_distance": 20},
+        "pe_buckets 40 with pe_max_distance 20: the first 20 distances have a bucket each, which "
+        "must be 1 or more, and fewer than pe_max_distance",
+    ),
+    (
+        {**WITH_ENCODER, "pe_buckets": 3},
+        "pe_buckets 3 with pe_max_distance 128: the first 0 distances have a bucket each, which "
+        "must be 1 or more, and fewer than pe_max_distance",
     ),
     (
         {"window": 8, "attention": "splash"},
@@ -123,6 +162,9 @@ def random_architecture(rng: random.Random, *, heads: int) -> dict:
         "pe_scaling": "none",
         "pe_scaling_factors": {"factor": 2.5},
         "pe_offset": rng.randint(0, 2),
+        "pe_buckets": 64,
+        "pe_max_distance": 256,
+        **{"encoder_layers": 0, "encoder_seq": 0, "pad_id": 0},
         "n_kv_heads": heads,
         "window": 0,
         "window_every": 2,
@@ -133,6 +175,7 @@ def random_architecture(rng: random.Random, *, heads: int) -> dict:
         **{key: rng.random() < 0.5 for key in ("embed_bias", "head_bias", "embed_norm")},
         "tie_embeddings": rng.random() < 0.5,
         "embed_scale": 2.0,
+        "head_scale": 0.5,
         "d_embed": 8,
     }
 

@@ -58,6 +58,7 @@ def as_family(family: Any) -> ModelConfig:
         "Mistral": {"n_kv_heads": 2, "d_ff": 48, "window": 5, "activation": "silu"},
         "Qwen2": {"n_kv_heads": 2, "d_ff": 48, "tie_embeddings": True, "activation": "silu"},
         "Qwen3": {"n_kv_heads": 2, "d_head": 16, "d_ff": 48, "activation": "silu"},
+        "T5": {"encoder_layers": 2, "d_ff": 48, "gated": True, "pad_id": 2, "encoder_seq": 9},
         "Gemma": {"n_kv_heads": 1, "d_head": 16, "embed_scale": 32**0.5, "tie_embeddings": True},
     }
     return a_model(family, **keys[family.name])
