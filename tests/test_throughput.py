@@ -34,6 +34,21 @@ def test_a_trained_token_costs_six_operations_per_weight_and_attention_unhalved(
     assert throughput.train_flops_per_token(small) == 6 * weights + 12 * 6 * 7
 
 
+def test_an_encoder_s_work_is_counted_with_the_tokens_that_are_trained() -> None:
+    sizes = {"d_model": 8, "n_heads": 2, "d_head": 3, "d_ff": 5, "n_vocab": 10, "gated": True}
+    model = ModelConfig(
+        **{"layers": 3, "encoder_layers": 2, "seq": 7, "encoder_seq": 11},
+        **{**sizes, "pe": "t5", "residual": "sequential"},
+    )
+    attention, feed_forward = 4 * 8 * 6, 3 * 8 * 5
+    # Of the second attention, keys and values are made of the encoder's tokens, once per sequence.
+    sources = 11 * (2 * (attention + feed_forward) + 3 * attention / 2)
+    targets = 7 * (3 * (attention * 3 / 2 + feed_forward) + 8 * 10)
+    attended = 2 * 11 * 11 + 3 * (7 * 7 + 7 * 11)
+    expected = (6 * (sources + targets) + 12 * 6 * attended) / 7
+    assert throughput.train_flops_per_token(model) == pytest.approx(expected)
+
+
 def test_mfu_is_the_share_of_the_peak_and_unknown_without_one() -> None:
     assert throughput.mfu(100.0, 6e9, 1.2e12) == pytest.approx(0.5)
     assert throughput.mfu(100.0, 6e9, None) is None
