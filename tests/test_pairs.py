@@ -12,7 +12,7 @@ import pairs_of_texts
 import pytest
 
 import create_finetune_tfrecords
-from mesh_transformer.data import DataError, prepare, tokenizer
+from mesh_transformer.data import DataError, dataset, prepare, tokenizer
 from mesh_transformer.data.batches import TokenBatches, ValidationBatches
 from mesh_transformer.data.prepare import Options
 
@@ -149,6 +149,19 @@ def test_records_of_another_shape_are_refused(tmp_path: Path, changed: dict[str,
         f"{made.path}: was made with --encoder-seq 6 and --pad-id 0, and encoder_seq is "
         f"{wanted['encoder_seq']} and pad_id {wanted['pad_id']}: set these alike, or make the data "
         f"set again with --encoder-seq {wanted['encoder_seq']} --pad-id {wanted['pad_id']}"
+    )
+
+
+def test_records_of_another_length_without_a_word_of_their_origin_are_refused(
+    tmp_path: Path,
+) -> None:
+    made = create(tmp_path)
+    Path(dataset.origin_path(str(made.path))).unlink()
+    with pytest.raises(DataError) as error:
+        read(made, encoder_seq=9)
+    assert str(error.value) == (
+        f'{made.path}: record 0 holds 11 tokens in its feature "text"; encoder_seq 9 and seq 4 '
+        "need 14: make the data set again with --encoder-seq 9 --seq 4"
     )
 
 

@@ -76,6 +76,7 @@ class RecordSet:
     ) -> None:
         self.index = index
         self.length = encoder_seq + seq + 1
+        self._encoder_seq = encoder_seq
         self.n_vocab = n_vocab
 
         wanted = {"seq": seq, "encoder_seq": encoder_seq, "pad_id": pad_id, "n_vocab": n_vocab}
@@ -145,6 +146,7 @@ class RecordSet:
             skip=place,
             batch=batch,
             length=self.length,
+            encoder_seq=self._encoder_seq,
             n_vocab=self.n_vocab,
             repeat=repeat,
         )
