@@ -121,9 +121,9 @@ def test_padding_is_not_scored_and_a_mask_leaves_out_more(name: str) -> None:
 
 def test_the_last_loss_is_of_the_last_token_that_is_learned() -> None:
     config = config_of("t5")
-    weights_BT = np.float32([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]])
-    losses_BT = np.arange(16, dtype=np.float32).reshape(4, 4) + 1
-    found = examples.last_of(jnp.asarray(losses_BT * weights_BT), weights_BT, config)
+    weights_BT = jnp.array([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]], jnp.float32)
+    losses_BT = jnp.arange(1, 17, dtype=jnp.float32).reshape(4, 4)
+    found = examples.last_of(losses_BT * weights_BT, weights_BT, config)
     np.testing.assert_array_equal(found, [2, 8, 11, 0])
     decoder = small.parsed().model
     np.testing.assert_array_equal(examples.last_of(losses_BT, weights_BT, decoder), [4, 8, 12, 16])

@@ -16,8 +16,9 @@ from mesh_transformer.data import DataError, dataset, prepare, tokenizer
 from mesh_transformer.data.batches import TokenBatches, ValidationBatches
 from mesh_transformer.data.prepare import Options
 
-SHAPE: dict[str, int] = {"encoder_seq": 6, "seq": 4}
+SHAPE: dict[str, Any] = {"encoder_seq": 6, "seq": 4}
 PAIRS = {"a": "b", "abc": "", "": "abc", "abcdefgh": "abcdefgh", "bc": "cb"}
+NEWLINE = "\n"
 A = 4  # the id of "a"; 3 is the space that every text begins with
 
 
@@ -29,7 +30,7 @@ def create(folder: Path, pairs: Any = PAIRS, chosen: Any = None, **options: Any)
     return prepare.create(path, "set", chosen, chosen_options, output_dir=folder, workers=1)
 
 
-def read(made: prepare.Made, **record: int) -> tuple[np.ndarray, np.ndarray]:
+def read(made: prepare.Made, **record: Any) -> tuple[np.ndarray, np.ndarray]:
     data = ValidationBatches(str(made.path), batch=100, n_vocab=64, **{**SHAPE, **record})
     ((tokens_BT1, mask_BT),) = list(data)
     return tokens_BT1[: made.origin.sequences], mask_BT
@@ -100,7 +101,7 @@ def test_a_line_that_is_no_pair_is_refused_by_its_place(
     with pytest.raises(DataError) as error:
         prepare.create(path, "set", chosen, Options(**SHAPE), output_dir=tmp_path, workers=1)
     assert str(error.value) == (
-        f'{path}:6: needed an object with the strings "in_text" and "out_text", found {found!r}'
+        f'{path}:6: needed an object with the strings "in_text" and "out_text", found {found + NEWLINE!r}'
     )
 
 

@@ -35,10 +35,19 @@ def test_a_trained_token_costs_six_operations_per_weight_and_attention_unhalved(
 
 
 def test_an_encoder_s_work_is_counted_with_the_tokens_that_are_trained() -> None:
-    sizes = {"d_model": 8, "n_heads": 2, "d_head": 3, "d_ff": 5, "n_vocab": 10, "gated": True}
     model = ModelConfig(
-        **{"layers": 3, "encoder_layers": 2, "seq": 7, "encoder_seq": 11},
-        **{**sizes, "pe": "t5", "residual": "sequential"},
+        layers=3,
+        encoder_layers=2,
+        seq=7,
+        encoder_seq=11,
+        d_model=8,
+        n_heads=2,
+        d_head=3,
+        d_ff=5,
+        n_vocab=10,
+        gated=True,
+        pe="t5",
+        residual="sequential",
     )
     attention, feed_forward = 4 * 8 * 6, 3 * 8 * 5
     # Of the second attention, keys and values are made of the encoder's tokens, once per sequence.
