@@ -101,7 +101,8 @@ def test_a_line_that_is_no_pair_is_refused_by_its_place(
     with pytest.raises(DataError) as error:
         prepare.create(path, "set", chosen, Options(**SHAPE), output_dir=tmp_path, workers=1)
     assert str(error.value) == (
-        f'{path}:6: needed an object with the strings "in_text" and "out_text", found {found + NEWLINE!r}'
+        f'{path}:6: needed an object with the strings "in_text" and "out_text", found '
+        f"{found + NEWLINE!r}"
     )
 
 

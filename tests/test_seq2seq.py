@@ -29,7 +29,7 @@ def configuration(folder: Path, **keys: Any) -> str:
         **{**small.KEYS, **small.ENCODER_DECODERS["t5 v1.1"], "n_vocab": 32, "pad_id": 0},
         **{"encoder_seq": 12, "seq": 8, "per_replica_batch": 4, "cores_per_replica": 4},
         **{"tpu_size": 8, "zero_stage": 3, "lr": 3e-3, "end_lr": 3e-4, "weight_decay": 0.0},
-        **{"total_steps": N_STEPS, "anneal_steps": N_STEPS, "ckpt_every": 100, "val_every": 100},
+        **{"total_steps": N_STEPS, "anneal_steps": 100, "ckpt_every": 100, "val_every": 100},
         **{"train_set": str(folder / "pairs.index"), "val_batches": 1},
         **{"val_set": {"same": str(folder / "pairs.index")}, "model_dir": str(folder / "run")},
         "tokenizer": str(folder / "tokenizer"),
