@@ -71,9 +71,12 @@ OF_THE_MODEL: list[tuple[dict, str]] = [
         "residual 'post-norm' ends with a norm, so that final_norm must be false",
     ),
     (
-        {"encoder_layers": 2, "residual": "sequential", "window": 3, "attention": "splash"},
-        "encoder_layers 2 needs pe 't5', not 'rotary'; window 0, not 3; attention 'auto' or 'xla', "
-        "not 'splash'",
+        {"encoder_layers": 2, "residual": "sequential", "window": 3},
+        "encoder_layers 2 needs pe 't5', not 'rotary'; window 0, not 3",
+    ),
+    (
+        {**WITH_ENCODER, "attention": "splash"},
+        "encoder_layers 2 needs attention 'auto' or 'xla', not 'splash'",
     ),
     (
         {"encoder_layers": 2, "pe": "t5"},

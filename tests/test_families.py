@@ -91,6 +91,7 @@ def test_published_configurations_survive_both_ways(name: str) -> None:
     differs = {"torch_dtype", "intermediate_size", "sliding_window", "initializer_range", "dropout"}
     differs |= {"rope_scaling", "bos_token_id", "eos_token_id", "hidden_act", "hidden_activation"}
     differs |= {"attn_pdrop", "embd_pdrop", "resid_pdrop", "word_embed_proj_dim", "head_dim"}
+    differs |= {"dropout_rate"}
     common = (again.keys() & theirs.keys()) - differs
     assert {key: again[key] for key in common} == {key: theirs[key] for key in common}
 
