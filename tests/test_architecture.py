@@ -26,8 +26,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ),
     ("model.encoder model.decoder",),
     (
-        "training",
-        "training.memory training.as_original training.optimizer training.examples"
+        "training training.memory training.as_original training.optimizer training.examples"
         " training.gradients training.steps",
     ),
     (
@@ -37,9 +36,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
         " checkpoints.roles checkpoints.npz checkpoints.original checkpoints.fused"
         " checkpoints.safetensors checkpoints.pytorch checkpoints.family checkpoints.family_keys"
         " checkpoints.gpt_families checkpoints.llama_families checkpoints.t5_family"
-        " checkpoints.families"
-        " checkpoints.tensors checkpoints.huggingface checkpoints.placing checkpoints.opening"
-        " checkpoints.conversion",
+        " checkpoints.families checkpoints.tensors checkpoints.huggingface checkpoints.placing"
+        " checkpoints.opening checkpoints.conversion",
         "data data.cleaning data.framing data.documents data.tokenizer data.tokenizer_files"
         " data.packing data.pairs data.dataset data.tfrecord data.jsonl data.webdataset"
         " data.encoding data.batches data.prepare",

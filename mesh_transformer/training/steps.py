@@ -254,7 +254,7 @@ def prefill(
     overwritten as decoding gets there.
     """
     if config.model.encoder_layers:
-        sources_BS = shard(tokens_BT, "BS")
+        sources_BS = shard(tokens_BT, "BT")
         cache = empty_cache(config.model, sources_BS.shape[0], n_slots, sources_BS)
         # Whatever the first token makes of it, decoding computes anew; the encoder's part stays.
         start_BT = jnp.full((sources_BS.shape[0], 1), config.model.pad_id)
