@@ -126,7 +126,7 @@ def test_a_text_with_the_token_that_pads_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"min_unique_tokens": 3}, "--min-unique-tokens and --treat-eot-as-text are of running te"),
+        ({"min_unique_tokens": 3}, "--min-unique-tokens and --treat-eot-as-text are of"),
         ({"treat_eot_as_text": True}, "--min-unique-tokens and --treat-eot-as-text are of running"),
         ({"encoder_seq": 0, "pad_id": 3}, "--pad-id 3 is of pairs, which --encoder-seq asks for"),
         ({"encoder_seq": -1}, "--encoder-seq is -1 and --pad-id 0; neither can be below 0"),
