@@ -17,7 +17,7 @@ from mesh_transformer.session import Sampling
 from mesh_transformer.training import examples
 from mesh_transformer.training.steps import TrainState
 
-NAMES = tuple(small.ENCODER_DECODERS)
+NAMES = [pytest.param("t5", marks=pytest.mark.slow), "t5 v1.1"]
 PROMPTS = [small.tokens(n, seed=n).tolist() for n in (3, 20, 1, 6)]
 N_NEW = 6
 MORE_MESHES = ((2, 4, 0), (4, 2, 1), (8, 1, 2), (1, 8, 3))
