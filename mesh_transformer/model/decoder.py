@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.attention import Cache, n_kv_heads_held
 from mesh_transformer.model.block import Block
-from mesh_transformer.model.layers import PRODUCT, Embed, Head, Norm, Unembed, logits
+from mesh_transformer.model.layers import PRODUCT, Embed, Head, Norm, Unembed, logits, plus
 from mesh_transformer.model.loss import TokenLoss, next_token_loss
 from mesh_transformer.model.positions import LearnedPositions, positions_of, sinusoidal
 from mesh_transformer.model.weights import cast_at_use
@@ -48,7 +48,7 @@ class Decoder(hk.Module):
         slots = tokens_BT.shape[1] if cache is None else cache.k_LBSGK.shape[2]
         x_BTD, table_VE = Embed(cfg, name="embed")(tokens_BT)
         if cfg.pe == "fixed":
-            x_BTD = x_BTD + LearnedPositions(cfg, name="positions")(positions_BT)
+            x_BTD = plus(x_BTD, LearnedPositions(cfg, name="positions")(positions_BT))
         if cfg.pe == "sinusoidal":
             x_BTD = x_BTD + sinusoidal(positions_BT, cfg.d_model).astype(x_BTD.dtype)
         positions = positions_of(positions_BT, slots, cfg)
