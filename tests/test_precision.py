@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import small
 
+from mesh_transformer.model.attention import plain
 from mesh_transformer.model.block import FeedForward, Heads
 from mesh_transformer.model.decoder import make_model
+from mesh_transformer.model.positions import Positions
 from mesh_transformer.sharding import lookup, make_mesh
 
 MANY = 4096
@@ -84,3 +86,17 @@ def test_the_gradient_of_a_learned_position_is_summed_in_float32() -> None:
 
     alone, many = gradient(1), gradient(MANY)
     np.testing.assert_allclose(many, MANY * alone, rtol=0, atol=2**-7 * np.abs(MANY * alone).max())
+
+
+def test_attention_is_scaled_in_float32() -> None:
+    """For heads of 80 features, say, the scale is no number that bfloat16 holds."""
+    normal = np.random.default_rng(0).normal
+    q, k, v = (jnp.asarray(normal(size=(1, 8, 2, 80)) * 3, jnp.bfloat16) for _ in range(3))
+    y_BTHK = plain(q, k, v.astype(jnp.float32), Positions(jnp.arange(8)[None]), 80**-0.5)
+    q64, k64, v64 = (np.asarray(x, np.float64) for x in (q, k, v))
+    logits_BHTS = np.einsum("bthk,bshk->bhts", q64, k64) * 80**-0.5
+    logits_BHTS = np.where(np.tri(8, dtype=bool), logits_BHTS, -np.inf)
+    weights_BHTS = np.exp(logits_BHTS - logits_BHTS.max(-1, keepdims=True))
+    weights_BHTS /= weights_BHTS.sum(-1, keepdims=True)
+    expected_BTHK = np.einsum("bhts,bshk->bthk", weights_BHTS, v64)
+    np.testing.assert_allclose(y_BTHK, expected_BTHK, rtol=0, atol=1e-5)

@@ -119,8 +119,7 @@ def plain(
     q_BHTK, k_BGSK, v_BGSK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
     shape_BHTK, shape_BHTS = q_BHTK.shape, (*q_BHTK.shape[:3], k_BGSK.shape[2])
     grouped = (*k_BGSK.shape[:2], -1)  # B G, and the queries of a group
-    q_BHTK = q_BHTK * jnp.asarray(scale, q_BHTK.dtype)
-    logits_BHTS = jnp.einsum(
+    logits_BHTS = scale * jnp.einsum(
         "bgqk,bgsk->bgqs",
         q_BHTK.reshape(*grouped, shape_BHTK[-1]),
         k_BGSK,
@@ -161,7 +160,9 @@ def splash(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, scale: float
     attend = kernels.make_splash_mha(mask, head_shards=1, q_seq_shards=1)
     k_BTHK, v_BTHK = (jnp.repeat(x, n_heads // x.shape[2], axis=2) for x in (k_BTGK, v_BTGK))
     q_BHTK, k_BHTK, v_BHTK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
-    return jax.vmap(attend)(q_BHTK * scale, k_BHTK, v_BHTK).swapaxes(1, 2)
+    # The kernel has no scale: a factor in float32, and one rounding, none for a power of two.
+    scaled_BHTK = (q_BHTK.astype(jnp.float32) * scale).astype(q_BHTK.dtype)
+    return jax.vmap(attend)(scaled_BHTK, k_BHTK, v_BHTK).swapaxes(1, 2)
 
 
 def implementation_for(config: ModelConfig, device: jax.Device) -> Implementation:
