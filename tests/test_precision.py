@@ -61,7 +61,8 @@ def test_the_gradient_of_a_bias_is_summed_in_float32(part: Any) -> None:
 
     def objective(params: Any) -> jax.Array:
         hundredth = jnp.asarray(0.01, jnp.bfloat16)
-        return sum(jnp.sum((y * hundredth).astype(jnp.float32)) for y in run.apply(params, x_BTD))
+        sums = [(y * hundredth).astype(jnp.float32).sum() for y in run.apply(params, x_BTD)]
+        return jnp.stack(sums).sum()
 
     gradients = jax.tree.leaves(jax.jit(jax.grad(objective))(params))
     assert gradients
