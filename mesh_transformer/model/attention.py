@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.errors import UserError
 from mesh_transformer.model.positions import Positions
+from mesh_transformer.network_rules import is_windowed
 from mesh_transformer.sharding import axis_size, over_mp, shard
 
 Implementation = Literal["xla", "cudnn", "splash"]
@@ -172,7 +173,10 @@ def implementation_for(config: ModelConfig, device: jax.Device) -> Implementatio
         UserError: The configuration forces one that cannot run there; every reason is named.
     """
     has_bias = (config.pe in ("t5", "alibi"), f"it takes no bias, which pe {config.pe} adds")
-    has_window = (config.window > 0, f"it sees all slots before a query, not {config.window}")
+    has_window = (
+        is_windowed(config.window, config.seq),
+        f"it sees all slots before a query, not {config.window}",
+    )
     whole = (config.seq % 128 != 0, f"it needs seq a multiple of 128, seq is {config.seq}")
     is_v4_or_newer = not any(old in device.device_kind for old in ("v2", "v3"))
     widest = _widest_cudnn_head(device)

@@ -17,6 +17,7 @@ from mesh_transformer.model.layers import PRODUCT, Embed, Head, Norm, Unembed, l
 from mesh_transformer.model.loss import TokenLoss, next_token_loss
 from mesh_transformer.model.positions import LearnedPositions, positions_of, sinusoidal
 from mesh_transformer.model.weights import cast_at_use
+from mesh_transformer.network_rules import is_windowed
 from mesh_transformer.sharding import shard
 
 
@@ -82,7 +83,7 @@ class Decoder(hk.Module):
 
 def window_of(layer: jax.Array, config: ModelConfig) -> jax.Array | None:
     """Return how many slots a query of a layer, counted from 0, sees; None if all ever do."""
-    if not config.window:
+    if not is_windowed(config.window, config.seq):
         return None
     is_local = (layer + 1) % config.window_every == 0
     return jnp.where(is_local, config.window, jnp.iinfo(jnp.int32).max // 2)
