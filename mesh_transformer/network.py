@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from mesh_transformer.schema import Count, Limit, Natural, NonNegative, Positive, Text
+from mesh_transformer.schema import Count, Limit, Natural, NonNegative, Positive, Rate, Text
 from mesh_transformer.sections import DERIVED, Section
 
 Norm = Literal[
@@ -19,6 +19,12 @@ Residual = Literal["parallel", "parallel-untied", "sequential", "post-norm"]
 Activation = Literal[
     "gelu_new", "gelu", "quick_gelu", "silu", "relu", "relu_squared", "mish", "sigmoid", "tanh"
 ]
+
+SGU_WIDTH = 128
+"""Tokens that `use_static_sgu` mixes into one, itself included."""
+
+HEAD_QK_FEATURES = 256
+"""Of each query and key of `head_qk_trick`, and what their products are divided by."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +41,8 @@ class ModelConfig(Section):
             more of those. Left out: n_heads.
         d_ff: Hidden features of the feed-forward layer. Left out: 4 d_model.
         residual: How a block adds its branches: both from one norm, both each from its own norm,
-            one after the other, or one after the other with the norm after the sum.
+            one after the other, or one after the other with the norm after the sum. "parallel" is
+            what fattorib/transformer calls `fused_residuals`.
         norm: Of mesh-transformer-jax all but the last two, which divide by the root of the mean
             square; "plus-one" multiplies by 1 + scale.
         norm_epsilon: Added to a norm's variance or mean square, or to the original's lengths.
@@ -65,6 +72,13 @@ class ModelConfig(Section):
             CPUs and take longer to compile.
         attention: Implementation; "auto" takes the best that the device has.
         z_loss: Weight of log(Z)^2 in the training loss, which keeps the logits from drifting.
+        dropout_embedding: Share of the numbers of embeddings, positions added, that training sets
+            to 0 at random; so `dropout_attention` of attention's weights, and `dropout_residual` of
+            what each attention and each feed-forward layer adds to its input. Weights read from
+            other libraries come with rates of 0, whatever they were trained with.
+        use_static_sgu: Whether attention is of half of the features, with heads half as wide, and
+            the other half are mixed with those of the 127 tokens before by fixed weights.
+        head_qk_trick: Whether one more head raises logits of tokens that were seen before.
     """
 
     layers: Count
@@ -106,3 +120,8 @@ class ModelConfig(Section):
     unroll: Count = 1
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     z_loss: NonNegative = 1e-4
+    dropout_embedding: Rate = 0.0
+    dropout_attention: Rate = 0.0
+    dropout_residual: Rate = 0.0
+    use_static_sgu: bool = False
+    head_qk_trick: bool = False

@@ -26,7 +26,14 @@ SCALING_FACTORS = {
 }
 
 
-def _d_head(d_model: int, n_heads: int) -> int:
+def _d_head(d_model: int, n_heads: int, use_static_sgu: bool = False) -> int:
+    if use_static_sgu:
+        if d_model % (2 * n_heads):
+            raise ValueError(
+                f"n_heads {n_heads} does not divide half of d_model {d_model}, which attention is "
+                "of beside use_static_sgu; change one of them or set d_head"
+            )
+        return d_model // 2 // n_heads
     if d_model % n_heads:
         raise ValueError(
             f"n_heads {n_heads} does not divide d_model {d_model}; change one of them or set d_head"
@@ -74,6 +81,8 @@ ORIGINAL: dict[str, Any] = {
     "embed_norm": (False,),
     "embed_scale": (1.0,),
     "d_embed": DERIVED["d_embed"],
+    "use_static_sgu": (False,),
+    "head_qk_trick": (False,),
 }
 """What mesh-transformer-jax's first model computes: each key's values, or what it follows from."""
 FUSED = {key: theirs for key, theirs in ORIGINAL.items() if key != "d_head"} | {
@@ -194,6 +203,23 @@ IMPOSSIBLE: tuple[Rule, ...] = (
     lambda pe, pe_scaling: unless(
         pe.startswith("rotary") or pe_scaling == "none",
         f"pe_scaling {pe_scaling!r} is of rotary positions, and pe is {pe!r}; leave pe_scaling out",
+    ),
+    lambda dropout_attention, attention: unless(
+        dropout_attention == 0 or attention in ("auto", "xla"),
+        f"attention {attention!r} drops no weights, and dropout_attention is {dropout_attention}; "
+        "set attention to 'auto' or 'xla'",
+    ),
+    lambda use_static_sgu, residual: unless(
+        not use_static_sgu or residual == "parallel",
+        f"use_static_sgu splits what a parallel block reads, and residual is {residual!r}; set "
+        "residual to 'parallel'",
+    ),
+    lambda use_static_sgu, d_model, zero_stage, tpu_size=1, cores_per_replica=1: unless(
+        not use_static_sgu
+        or d_model % (2 * (max(1, tpu_size // cores_per_replica) if zero_stage else 1)) == 0,
+        f"use_static_sgu halves d_model {d_model}, and zero_stage {zero_stage} spreads halves over "
+        f"{max(1, tpu_size // cores_per_replica)} replica(s), which do not divide them; change "
+        "d_model",
     ),
     lambda n_tokens, n_vocab: unless(
         n_tokens <= n_vocab,

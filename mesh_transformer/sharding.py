@@ -60,6 +60,7 @@ PARAM_DIMS = (
     ("layers/block/ff/out/b", "LD"),
     ("final_norm/(scale|offset)", "D"),
     ("final_norm/(gain|shift)", ""),
+    ("head_qk/[qk]/w", "DK"),
     ("unembed/project/w", "DE"),
     ("unembed/w", "DV"),
     ("unembed/b", "V"),

@@ -20,18 +20,36 @@ import re
 from collections.abc import Callable, Iterator
 
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.network import HEAD_QK_FEATURES, SGU_WIDTH
 
 
 def matmul_parameters(model: ModelConfig) -> int:
-    """Count the weights that multiply activations in a GPT-J decoder: N of the formula above."""
-    attention = 4 * model.d_model * model.n_heads * model.d_head
+    """Count the weights that multiply activations in a GPT-J decoder: N of the formula above.
+
+    With a static SGU attention reads and writes half of the features; Head-QK has two matrices.
+    """
+    d_attended = model.d_model // 2 if model.use_static_sgu else model.d_model
+    attention = 4 * d_attended * model.n_heads * model.d_head
     feed_forward = 2 * model.d_model * model.d_ff
-    return model.layers * (attention + feed_forward) + model.d_model * model.n_vocab
+    head_qk = 2 * model.d_model * HEAD_QK_FEATURES if model.head_qk_trick else 0
+    return model.layers * (attention + feed_forward) + head_qk + model.d_model * model.n_vocab
 
 
-def train_flops_per_token(model: ModelConfig) -> float:
-    """Count the operations of forward and backward pass per trained token: 6 N + 12 L H K T."""
-    attention = 12 * model.layers * model.n_heads * model.d_head * model.seq
+def train_flops_per_token(model: ModelConfig, length: int | None = None) -> float:
+    """Count the operations of forward and backward pass per trained token: 6 N + 12 L H K T.
+
+    A static SGU adds 2 L (D / 2) T', T' being T up to its width: forward alone, as no gradient
+    flows back. Head-QK adds 6 T times its features; that its products fall on logits adds nothing.
+
+    Args:
+        length: T; the model's `seq` if None.
+    """
+    tokens = length or model.seq
+    attention = 12 * model.layers * model.n_heads * model.d_head * tokens
+    if model.use_static_sgu:
+        attention += min(SGU_WIDTH, tokens) * model.layers * model.d_model
+    if model.head_qk_trick:
+        attention += 6 * HEAD_QK_FEATURES * tokens
     return float(6 * matmul_parameters(model) + attention)
 
 
@@ -97,18 +115,27 @@ class Pace:
         self._clock = clock
         self._first: float | None = None
         self._last = 0.0
-        self._steps = 0
+        self._done = 0
         self._recent: collections.deque[float] = collections.deque(maxlen=20)
 
-    def tick(self) -> float | None:
-        """Note the end of a step; how long it took, or None for the first."""
+    def tick(self, size: int = 1, *, compiled: bool = False) -> float | None:
+        """Note the end of a step; how long it took, or None for the first.
+
+        Args:
+            size: Of the step, in what unit the caller likes.
+            compiled: Whether it is the first of its kind: it is not timed either, and the pace of
+                those before it is no longer the recent one.
+        """
         now = self._clock()
         seconds = now - self._last
         self._last = now
         if self._first is None:
             self._first = now
             return None
-        self._steps += 1
+        self._done += size
+        if compiled:
+            self._recent.clear()
+            return None
         self._recent.append(seconds)
         return seconds
 
@@ -128,7 +155,7 @@ class Pace:
 
     @property
     def wall_seconds(self) -> float | None:
-        """Mean over all steps, pauses included; None before the second step."""
-        if self._first is None or not self._steps:
+        """Mean over all steps per unit of size, pauses included; None before the second step."""
+        if self._first is None or not self._done:
             return None
-        return (self._clock() - self._first) / self._steps
+        return (self._clock() - self._first) / self._done

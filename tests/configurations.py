@@ -89,8 +89,45 @@ OF_THE_MODEL: list[tuple[dict, str]] = [
         {"pe": "alibi", "pe_scaling": "linear", "pe_scaling_factors": {"factor": 2.0}},
         "pe_scaling 'linear' is of rotary positions, and pe is 'alibi'; leave pe_scaling out",
     ),
+    (
+        {"dropout_attention": 0.1, "attention": "splash"},
+        "attention 'splash' drops no weights, and dropout_attention is 0.1; set attention to "
+        "'auto' or 'xla'",
+    ),
+    (
+        {"use_static_sgu": True, "residual": "sequential"},
+        "use_static_sgu splits what a parallel block reads, and residual is 'sequential'; set "
+        "residual to 'parallel'",
+    ),
+    (
+        {"use_static_sgu": True, "n_heads": 64},
+        "n_heads 64 does not divide half of d_model 64, which attention is of beside "
+        "use_static_sgu; change one of them or set d_head",
+    ),
+    (
+        {"use_static_sgu": True, "tpu_size": 64},
+        "use_static_sgu halves d_model 64, and zero_stage 1 spreads halves over 64 replica(s), "
+        "which do not divide them; change d_model",
+    ),
 ]
 """What is impossible in a network, and the sentences that say so."""
+
+OF_LENGTHS: list[tuple[dict, str]] = [
+    (
+        {"seq_warmup": [[2, 16], [2, 8]]},
+        "seq_warmup has stages of 16, 8 tokens, which must grow, up to seq 32",
+    ),
+    (
+        {"seq_warmup": [[2, 16], [2, 32]]},
+        "seq_warmup has stages of 16, 32 tokens, which must grow, up to seq 32",
+    ),
+    (
+        {"seq_warmup": [[2, 128], [2, 200]], "seq": 256, "attention": "splash"},
+        "attention 'splash' takes multiples of 128 tokens, and seq_warmup has stages of 128, 200; "
+        "change them or set attention to 'auto'",
+    ),
+]
+"""And in stages of `seq_warmup`."""
 
 
 def random_flat(rng: random.Random) -> dict:
@@ -152,6 +189,8 @@ def random_architecture(rng: random.Random, *, heads: int) -> dict:
         **{key: rng.random() < 0.5 for key in ("gated", "qkv_bias", "o_bias", "ff_bias")},
         **{key: rng.random() < 0.5 for key in ("embed_bias", "head_bias", "embed_norm")},
         "tie_embeddings": rng.random() < 0.5,
+        "use_static_sgu": False,
+        "head_qk_trick": rng.random() < 0.5,
         "embed_scale": 2.0,
         "d_embed": 8,
     }
@@ -170,12 +209,16 @@ def random_options(rng: random.Random, *, cores: int, replicas: int, vocab: int,
         "unroll": rng.choice([1, 2]),
         "attention": rng.choice(["auto", "xla", "splash"]),
         "z_loss": rng.choice([0, 1e-4]),
+        "dropout_embedding": rng.choice([0, 0.1]),
+        "dropout_attention": 0,
+        "dropout_residual": rng.choice([0, 0.1]),
         "original_shards": rng.choice([0, 8]),
         "original_cores": rng.randint(1, 9),
         "tpu_size": cores * replicas,
         "zero_stage": rng.randint(0, 3),
         "gradient_accumulation_steps": rng.randint(1, 64),
         "val_batch_multiplier": rng.randint(1, 4),
+        "seq_warmup": [],
         "val_set": rng.choice([{}, {"a": "x"}, {"b": "y", "a": "x"}]),
         "tokenizer": rng.choice(["gpt2", "bytes", "org/name"]),
         "bucket": "bucket",

@@ -18,11 +18,14 @@ PACKAGE = ROOT / "mesh_transformer"
 # A module imports from rows above it, and from what stands to the left of it in its own group.
 # Names that no file has yet are places kept free.
 ROWS: tuple[tuple[str, ...], ...] = (
-    ("errors schema relations network_rules rules sections network config", "session", "records"),
+    (
+        "errors schema relations network_rules rules sections network lengths config",
+        *("session", "records"),
+    ),
     ("sharding", "storage noise_scale throughput progress trackers metrics_file metrics plot"),
     (
-        "model model.positions model.attention model.layers model.block model.weights model.loss"
-        " model.sampling",
+        "model model.positions model.dropout model.attention model.layers model.mixing model.block"
+        " model.copying model.weights model.loss model.sampling",
     ),
     ("model.decoder", "model.encoder_decoder"),
     (

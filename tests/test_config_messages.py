@@ -7,7 +7,7 @@ import inspect
 import warnings
 
 import pytest
-from configurations import MINIMAL, OF_THE_MODEL
+from configurations import MINIMAL, OF_LENGTHS, OF_THE_MODEL
 
 from mesh_transformer import config as configuration
 from mesh_transformer import relations, rules, schema
@@ -64,6 +64,7 @@ WRONG_VALUES = [
     ("original_shards", -1, "expected 0 or more, got -1"),
     ("original_shards", None, "expected a whole number, got null"),
     ("z_loss", -1, "expected 0 or more, got -1.0"),
+    ("dropout_residual", 1, "expected 0 or more, below 1, got 1.0"),
     ("noise_scale_alpha", 0, "expected a number above 0 and at most 1, got 0.0"),
     ("noise_scale_alpha", 1.5, "expected a number above 0 and at most 1, got 1.5"),
     ("seed", -1, "expected 0 or more, below 2^32, got -1"),
@@ -192,6 +193,7 @@ IMPOSSIBLE: list[tuple[dict, str]] = [
         "which do not divide it; set zero_stage to 0 or change d_model",
     ),
     *OF_THE_MODEL,
+    *OF_LENGTHS,
     (
         {"n_tokens": 513},
         "n_tokens 513 is more than n_vocab 512; raise n_vocab to 513 or more",

@@ -300,6 +300,7 @@ def test_every_key_of_a_model_is_free_or_held_to_what_the_original_computes() ->
     sizes = {"layers", "d_model", "n_heads", "n_vocab", "seq", "pe_rotary_dims", "n_tokens"}
     programs = {"compute_dtype", "remat", "unroll", "attention"}
     others = {"pe_scaling_factors", "window_every", "z_loss"}  # of another key, or of training
+    others |= {"dropout_embedding", "dropout_attention", "dropout_residual"}
     keys = {field.name for field in dataclasses.fields(ModelConfig)}
     assert keys == set(network_rules.ORIGINAL) | sizes | programs | others
     plain = small.parsed().model

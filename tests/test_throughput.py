@@ -34,6 +34,26 @@ def test_a_trained_token_costs_six_operations_per_weight_and_attention_unhalved(
     assert throughput.train_flops_per_token(small) == 6 * weights + 12 * 6 * 7
 
 
+def test_a_static_sgu_and_head_qk_cost_what_they_multiply() -> None:
+    model = ModelConfig(
+        **{"layers": 3, "d_model": 8, "n_heads": 2, "d_head": 3, "d_ff": 5},  # type: ignore
+        **{"n_vocab": 10, "seq": 200, "pe": "none"},  # type: ignore
+        use_static_sgu=True,
+        head_qk_trick=True,
+    )
+    weights = 3 * (4 * 4 * 6 + 2 * 8 * 5) + 2 * 8 * 256 + 8 * 10
+    assert throughput.matmul_parameters(model) == weights
+    attention, head_qk, mixing = 12 * 3 * 6 * 200, 6 * 256 * 200, 2 * 3 * 4 * 128
+    expected = 6 * weights + attention + head_qk + mixing
+    assert throughput.train_flops_per_token(model) == expected
+
+
+def test_attention_of_shorter_sequences_costs_less() -> None:
+    per_token = throughput.train_flops_per_token(GPT_J_6B, 512)
+    whole = throughput.train_flops_per_token(GPT_J_6B)
+    assert whole - per_token == 12 * 28 * 4096 * (2048 - 512)
+
+
 def test_mfu_is_the_share_of_the_peak_and_unknown_without_one() -> None:
     assert throughput.mfu(100.0, 6e9, 1.2e12) == pytest.approx(0.5)
     assert throughput.mfu(100.0, 6e9, None) is None
@@ -88,6 +108,18 @@ def test_the_first_step_is_not_timed() -> None:
     clock.now += 2
     assert pace.tick() == 2
     assert pace.recent_seconds == pace.wall_seconds == 2
+
+
+def test_a_step_that_compiles_is_not_timed_and_the_recent_pace_begins_anew() -> None:
+    clock = Clock()
+    pace = throughput.Pace(clock)
+    pace.tick(10)
+    for size, seconds, compiled in ((10, 1, False), (20, 60, True), (20, 4, False)):
+        clock.now += seconds
+        seen = pace.tick(size, compiled=compiled)
+        assert seen == (None if compiled else seconds)
+    assert pace.recent_seconds == 4
+    assert pace.wall_seconds == 65 / 50
 
 
 def test_pauses_count_towards_the_end_of_the_run_but_not_towards_steps() -> None:

@@ -26,6 +26,7 @@ _ALWAYS_SAME = {"quantization_config": None}
 
 # Keys of our configuration that say how a model is computed, trained and sampled, not which it is.
 _FREE = {"n_tokens", "compute_dtype", "remat", "unroll", "attention", "z_loss"}
+_FREE |= {"dropout_embedding", "dropout_attention", "dropout_residual"}
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:

@@ -13,10 +13,13 @@ import jax.numpy as jnp
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.attention import Cache, n_kv_heads_held
 from mesh_transformer.model.block import Block
+from mesh_transformer.model.copying import HeadQK, Pointers, copied
+from mesh_transformer.model.dropout import dropout, embedding_key, layer_keys
 from mesh_transformer.model.layers import PRODUCT, Embed, Head, Norm, Unembed, logits, plus
 from mesh_transformer.model.loss import TokenLoss, next_token_loss
 from mesh_transformer.model.positions import LearnedPositions, positions_of, sinusoidal
 from mesh_transformer.model.weights import cast_at_use
+from mesh_transformer.network import HEAD_QK_FEATURES
 from mesh_transformer.network_rules import is_windowed
 from mesh_transformer.sharding import shard
 
@@ -35,12 +38,14 @@ class Decoder(hk.Module):
         cache: Cache | None = None,
         *,
         targets_BT: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[Any, Cache | None]:
         """Return what follows the tokens, and the cache after them.
 
         Args:
             positions_BT: int32; B may be 1 where all sequences agree.
             targets_BT: If given, the first result is the `TokenLoss` of these, not logits.
+            dropout_key: Of what is dropped at the rates of `dropout_...`; nothing is if None.
 
         Returns:
             `logits_BTV` (float32, split over `mp`) or a `TokenLoss`; and the cache, if one came in.
@@ -48,10 +53,8 @@ class Decoder(hk.Module):
         cfg = self.config
         slots = tokens_BT.shape[1] if cache is None else cache.k_LBSGK.shape[2]
         x_BTD, table_VE = Embed(cfg, name="embed")(tokens_BT)
-        if cfg.pe == "fixed":
-            x_BTD = plus(x_BTD, LearnedPositions(cfg, name="positions")(positions_BT))
-        if cfg.pe == "sinusoidal":
-            x_BTD = x_BTD + sinusoidal(positions_BT, cfg.d_model).astype(x_BTD.dtype)
+        x_BTD = _placed(x_BTD, positions_BT, cfg)
+        x_BTD = dropout(x_BTD, "BTD", cfg.dropout_embedding, embedding_key(dropout_key))
         positions = positions_of(positions_BT, slots, cfg)
 
         def block(
@@ -59,8 +62,8 @@ class Decoder(hk.Module):
         ) -> tuple[tuple[jax.Array, Cache | None], None]:
             x_BTD, cache = carry
             cache = None if cache is None else cache._replace(layer=layer)
-            window = window_of(layer, cfg)
-            return Block(cfg, name="block")(x_BTD, positions, cache, window), None
+            window, keys = window_of(layer, cfg), layer_keys(dropout_key, layer)
+            return Block(cfg, name="block")(x_BTD, positions, cache, window, keys), None
 
         stack = hk.layer_stack(
             cfg.layers, with_per_layer_inputs=True, unroll=cfg.unroll, name="layers"
@@ -71,14 +74,31 @@ class Decoder(hk.Module):
         if cfg.final_norm:
             x_BTD = Norm(cfg, name="final_norm")(x_BTD)
         # Read outside what backward recomputes: a spread head is then gathered once.
-        head = Unembed(cfg, name="unembed")(table_VE)
+        head, pointers = Unembed(cfg, name="unembed")(table_VE), None
+        if cfg.head_qk_trick:
+            point = HeadQK(cfg, name="head_qk")
+            pointers, cache = point(x_BTD, tokens_BT, positions_BT, cache)
+
+        def predict(x_BTD: jax.Array, head: Head, pointers: Pointers | None) -> jax.Array:
+            logits_BTV = logits(x_BTD, head)
+            return logits_BTV if pointers is None else copied(logits_BTV, pointers, x_BTD.dtype)
+
         if targets_BT is None:
-            return logits(x_BTD, head), cache
+            return predict(x_BTD, head, pointers), cache
 
-        def loss(x_BTD: jax.Array, targets_BT: jax.Array, head: Head) -> TokenLoss:
-            return next_token_loss(logits(x_BTD, head), targets_BT)
+        def loss(targets_BT: jax.Array, *features: Any) -> TokenLoss:
+            return next_token_loss(predict(*features), targets_BT)
 
-        return kept_for_backward(loss, cfg.remat)(x_BTD, targets_BT, head), cache
+        return kept_for_backward(loss, cfg.remat)(targets_BT, x_BTD, head, pointers), cache
+
+
+def _placed(x_BTD: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
+    """Add to embeddings the vectors of their positions, if the model's `pe` has any."""
+    if config.pe == "fixed":
+        return plus(x_BTD, LearnedPositions(config, name="positions")(positions_BT))
+    if config.pe == "sinusoidal":
+        return x_BTD + sinusoidal(positions_BT, config.d_model).astype(x_BTD.dtype)
+    return x_BTD
 
 
 def window_of(layer: jax.Array, config: ModelConfig) -> jax.Array | None:
@@ -121,7 +141,16 @@ def empty_cache(config: ModelConfig, n_sequences: int, n_slots: int) -> Cache:
     """Return a cache with room for `n_slots` positions of each sequence."""
     shape = (config.layers, n_sequences, n_slots, n_kv_heads_held(config), config.d_head)
     zeros_LBSGK = shard(jnp.zeros(shape, config.compute_dtype), "LBSGK")
-    return Cache(zeros_LBSGK, zeros_LBSGK, jnp.int32(0))
+    cache = Cache(zeros_LBSGK, zeros_LBSGK, jnp.int32(0))
+    by_slot = (n_sequences, n_slots)
+    if config.use_static_sgu:
+        mixed = (config.layers, *by_slot, config.d_model // 2)
+        cache = cache._replace(y_LBSD=shard(jnp.zeros(mixed, config.compute_dtype), "LBSD"))
+    if config.head_qk_trick:
+        key_BSK = shard(jnp.zeros((*by_slot, HEAD_QK_FEATURES), config.compute_dtype), "BSK")
+        tokens_BS = shard(jnp.zeros(by_slot, jnp.int32), "BS")
+        cache = cache._replace(key_BSK=key_BSK, tokens_BS=tokens_BS)
+    return cache
 
 
 def kept_for_backward(part: Callable[..., Any], remat: str) -> Callable[..., Any]:

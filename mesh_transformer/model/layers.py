@@ -71,15 +71,19 @@ def mean_square_normalised(x: jax.Array, epsilon: float) -> jax.Array:
 
 @dataclasses.dataclass
 class Matrix(hk.Module):
-    """A weight `[n_in, n_out]`, truncated normal, and its bias; `columns` and `rows` multiply."""
+    """A weight `[n_in, n_out]` and its bias; `columns` and `rows` multiply.
+
+    It starts truncated normal, of this standard deviation, unless `init` is given.
+    """
 
     n_in: int
     n_out: int
-    stddev: float
+    stddev: float = 1.0
+    init: hk.initializers.Initializer | None = None
     name: str | None = None
 
     def __call__(self) -> jax.Array:
-        init = hk.initializers.TruncatedNormal(stddev=self.stddev)
+        init = self.init or hk.initializers.TruncatedNormal(stddev=self.stddev)
         return hk.get_parameter("w", [self.n_in, self.n_out], init=init)
 
     def bias(self) -> jax.Array:

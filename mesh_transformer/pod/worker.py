@@ -33,6 +33,7 @@ _SMALLEST_BUCKET = 64  # positions; one compiled decoder serves all prompts of a
 # What may differ between a checkpoint and the configuration that reads it: how the model is
 # computed, trained and sampled. All else says which function the weights are the weights of.
 _FREE = {"seq", "n_tokens", "compute_dtype", "remat", "unroll", "attention", "z_loss"}
+_FREE |= {"dropout_embedding", "dropout_attention", "dropout_residual"}
 
 _logger = logging.getLogger(__name__)
 

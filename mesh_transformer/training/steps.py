@@ -191,7 +191,7 @@ def train(
     dims: Any,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one optimizer step."""
-    gradients = accumulate(model, config, state.params, dims, tokens_ABT1, mask_ABT)
+    gradients = accumulate(model, config, state.params, dims, tokens_ABT1, mask_ABT, state.step)
     stage = config.mesh.zero_stage
     mean = jax.tree.map(
         lambda g, letters: jax.lax.with_sharding_constraint(g, stored_spec(letters, stage)),
