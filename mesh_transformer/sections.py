@@ -27,6 +27,7 @@ from mesh_transformer.schema import (
     TpuType,
 )
 
+Stage = tuple[Count, Annotated[int, Limit(lambda n: n >= 2, "2 or more")]]
 Tracker = Literal["tensorboard", "wandb"]
 
 DERIVED: Any = None
@@ -66,11 +67,14 @@ class BatchConfig(Section):
         per_replica_batch: Sequences per replica in one microbatch.
         gradient_accumulation_steps: Microbatches per optimizer step.
         val_batch_multiplier: Sequences of a validation batch per sequence of a microbatch.
+        seq_warmup: Stages that come before sequences of `seq` tokens, each as a list of optimizer
+            steps and a length: so many steps train on the first so many tokens of each record.
     """
 
     per_replica_batch: Count
     gradient_accumulation_steps: Count = 1
     val_batch_multiplier: Count = 1
+    seq_warmup: tuple[Stage, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
