@@ -17,13 +17,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from mesh_transformer import relations, rules, schema
-from mesh_transformer.lengths import Lengths
 from mesh_transformer.network import ModelConfig
 from mesh_transformer.schema import ConfigError, ConfigWarning
 from mesh_transformer.sections import (
     BatchConfig,
     CheckpointConfig,
     DataConfig,
+    Lengths,
     MeshConfig,
     OptimizerConfig,
     PodConfig,

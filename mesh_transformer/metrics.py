@@ -27,7 +27,7 @@ from typing import Any
 
 from mesh_transformer import metrics_file, noise_scale, progress, storage, throughput, trackers
 from mesh_transformer.config import Config
-from mesh_transformer.lengths import Lengths
+from mesh_transformer.sections import Lengths
 from mesh_transformer.session import Metrics
 
 _logger = logging.getLogger(__name__)

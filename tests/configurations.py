@@ -129,6 +129,14 @@ OF_LENGTHS: list[tuple[dict, str]] = [
 ]
 """And in stages of `seq_warmup`."""
 
+DOUBTS_OF_LENGTHS: list[tuple[dict, str]] = [
+    (
+        {"seq_warmup": [[4, 8], [6, 16]]},
+        "seq_warmup has 10 steps, and total_steps is 10, so that no step trains on seq 32",
+    ),
+]
+"""What stages of `seq_warmup` may not be meant."""
+
 
 def random_flat(rng: random.Random) -> dict:
     """A valid configuration in random order, where every optional key may be left out."""

@@ -7,7 +7,7 @@ import inspect
 import warnings
 
 import pytest
-from configurations import MINIMAL, OF_LENGTHS, OF_THE_MODEL
+from configurations import DOUBTS_OF_LENGTHS, MINIMAL, OF_LENGTHS, OF_THE_MODEL
 
 from mesh_transformer import config as configuration
 from mesh_transformer import relations, rules, schema
@@ -254,6 +254,7 @@ IMPOSSIBLE: list[tuple[dict, str]] = [
 ]
 
 DOUBTFUL: list[tuple[dict, str]] = [
+    *DOUBTS_OF_LENGTHS,
     (
         {"norm": "layernorm-desync"},
         "norm 'layernorm-desync' is treated as 'layernorm': copies of a norm cannot drift apart",

@@ -41,14 +41,16 @@ def test_every_place_of_every_layer_has_a_key_of_its_own() -> None:
 
 def test_attention_drops_weights_after_their_softmax() -> None:
     normal = np.random.default_rng(0).normal
-    q, k, v = (jnp.asarray(normal(size=(2, 6, 4, 8)), jnp.float32) for _ in range(3))
+    q_BTHK, k_BSHK, v_BSHK = (jnp.asarray(normal(size=(2, 6, 4, 8)), jnp.float32) for _ in range(3))
     mask_BHTS = normal(size=(2, 4, 6, 6)) > -0.5
     drop = lambda weights_BHTS: jnp.where(mask_BHTS, weights_BHTS / 0.8, 0)  # noqa: E731
-    y_BTHK = plain(q, k, v, Positions(jnp.arange(6)[None]), 0.5, drop=drop)
-    logits_BHTS = np.where(np.tri(6, dtype=bool), np.einsum("bthk,bshk->bhts", q, k) / 2, -np.inf)
+    y_BTHK = plain(q_BTHK, k_BSHK, v_BSHK, Positions(jnp.arange(6)[None]), 0.5, drop=drop)
+    logits_BHTS = np.where(
+        np.tri(6, dtype=bool), np.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK) / 2, -np.inf
+    )
     share_BHTS = np.exp(logits_BHTS) / np.exp(logits_BHTS).sum(-1, keepdims=True)
     dropped_BHTS = np.where(mask_BHTS, share_BHTS / 0.8, 0)
-    expected_BTHK = np.einsum("bhts,bshk->bthk", dropped_BHTS, v)
+    expected_BTHK = np.einsum("bhts,bshk->bthk", dropped_BHTS, v_BSHK)
     np.testing.assert_allclose(y_BTHK, expected_BTHK, rtol=0, atol=1e-5)
 
 

@@ -11,8 +11,8 @@ from configurations import MINIMAL
 from fake_session import N_SEQUENCES, Fake
 
 from mesh_transformer import config, metrics_file
-from mesh_transformer.lengths import Lengths
 from mesh_transformer.metrics import BatchSizes, MetricsLog
+from mesh_transformer.sections import Lengths
 from mesh_transformer.session import Metrics, Restored
 from mesh_transformer.training import loop
 from mesh_transformer.training.loop import StopSignals

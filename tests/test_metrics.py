@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mesh_transformer import config, metrics_file, progress, trackers
-from mesh_transformer.lengths import Lengths
 from mesh_transformer.metrics import BatchSizes, MetricsLog
+from mesh_transformer.sections import Lengths
 from mesh_transformer.session import Metrics
 
 SPLIT = BatchSizes(sequences=8, micro_sequences=2, lengths=Lengths(16))

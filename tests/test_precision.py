@@ -94,10 +94,10 @@ def test_attention_is_scaled_in_float32() -> None:
     normal = np.random.default_rng(0).normal
     q, k, v = (jnp.asarray(normal(size=(1, 8, 2, 80)) * 3, jnp.bfloat16) for _ in range(3))
     y_BTHK = plain(q, k, v.astype(jnp.float32), Positions(jnp.arange(8)[None]), 80**-0.5)
-    q64, k64, v64 = (np.asarray(x, np.float64) for x in (q, k, v))
-    logits_BHTS = np.einsum("bthk,bshk->bhts", q64, k64) * 80**-0.5
+    q_BTHK, k_BSHK, v_BSHK = (np.asarray(x, np.float64) for x in (q, k, v))
+    logits_BHTS = np.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK) * 80**-0.5
     logits_BHTS = np.where(np.tri(8, dtype=bool), logits_BHTS, -np.inf)
     weights_BHTS = np.exp(logits_BHTS - logits_BHTS.max(-1, keepdims=True))
     weights_BHTS /= weights_BHTS.sum(-1, keepdims=True)
-    expected_BTHK = np.einsum("bhts,bshk->bthk", weights_BHTS, v64)
+    expected_BTHK = np.einsum("bhts,bshk->bthk", weights_BHTS, v_BSHK)
     np.testing.assert_allclose(y_BTHK, expected_BTHK, rtol=0, atol=1e-5)
