@@ -135,7 +135,7 @@ def _on_one_replica(
     n_valid = jnp.maximum(jax.lax.psum(mask_ABT.sum(), "dp"), 1)
     n_valid_last = jnp.maximum(jax.lax.psum(mask_ABT[..., -1].sum(), "dp"), 1)
     receivers = jax.tree.map(functools.partial(_receiver, config), weights, dims)
-    keys_A = _dropout_keys(config, step, n_steps)
+    keys_A = dropout_keys(config, step, n_steps)
 
     def objective(receivers: Any, tokens_BT1: jax.Array, mask_BT: jax.Array, key: Any) -> Any:
         params = jax.tree.map(
@@ -181,7 +181,7 @@ def _on_one_replica(
     return mean, nll, last_loss, micro_norm
 
 
-def _dropout_keys(config: Config, step: jax.Array, n_steps: int) -> jax.Array | None:
+def dropout_keys(config: Config, step: jax.Array, n_steps: int) -> jax.Array | None:
     """Return a random key for each microbatch of this replica; None if nothing is dropped.
 
     They follow from seed, step, microbatch and replica alone, so that a run that is resumed draws
