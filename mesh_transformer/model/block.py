@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.attention import Cache, attention, n_kv_heads_held
-from mesh_transformer.model.dropout import LayerKeys, dropout
+from mesh_transformer.model.dropout import NOTHING_DROPPED, LayerKeys, dropout
 from mesh_transformer.model.layers import (
     PRODUCT,
     Matrix,
@@ -67,8 +67,8 @@ class Block(hk.Module):
         x_BTD: jax.Array,
         positions: Positions,
         cache: Cache | None,
-        window: jax.Array | None,
-        keys: LayerKeys,
+        window: jax.Array | None = None,
+        keys: LayerKeys = NOTHING_DROPPED,
     ) -> tuple[jax.Array, Cache | None]:
         cfg = self.config
         heads, ff = Heads.of(cfg), FeedForward.of(cfg)

@@ -29,6 +29,9 @@ class LayerKeys(NamedTuple):
     after_ff: jax.Array | None = None
 
 
+NOTHING_DROPPED = LayerKeys()
+
+
 def embedding_key(key: jax.Array | None) -> jax.Array | None:
     """Return the key of the embeddings: place 0, before the layers."""
     return None if key is None else jax.random.fold_in(key, 0)
@@ -37,7 +40,7 @@ def embedding_key(key: jax.Array | None) -> jax.Array | None:
 def layer_keys(key: jax.Array | None, layer: jax.Array | int) -> LayerKeys:
     """Return the keys of a layer, counted from 0, of a microbatch's key."""
     if key is None:
-        return LayerKeys()
+        return NOTHING_DROPPED
     return LayerKeys(*jax.random.split(jax.random.fold_in(key, layer + 1), 3))
 
 
