@@ -13,6 +13,7 @@ import memory_source
 import numpy as np
 import original
 import original_steps
+import processes
 import pytest
 import runs
 from processes import Ended
@@ -277,3 +278,26 @@ def test_every_format_of_a_checkpoint_is_sampled_from_alike(
     assert (ended.status, ended.output) == (0, wanted.output)
     ended = command(resharding_example, "--input", run.root, "--prompt", "def")
     assert ended.status == 0 and ended.output.startswith("def")
+
+
+@pytest.mark.slow
+def test_eight_shards_of_the_original_become_four_and_are_sampled_on_four_devices(
+    run: Run, tmp_path: Path, command: Command
+) -> None:
+    step = original_steps.find("A", "slim")
+    path, target = tmp_path / "config.json", tmp_path / "four"
+    path.write_text(json.dumps(step.config.to_flat() | {"tokenizer": "bytes"}))
+    flags = ("--config", path, "--input", step.folder, "--output", target, "--shards", 4)
+    assert command(resharding_example, *flags).status == 0
+    texts = []
+    for folder, n_devices in ((step.folder, 1), (target, 4)):
+        asked = ("--config", path, "--model", folder, "--prompt", "def", "--temp", 0)
+        process = run.start(
+            "device_sample.py",
+            *map(str, (*asked, "--max-new-tokens", 12)),
+            XLA_FLAGS=f"--xla_force_host_platform_device_count={n_devices}",
+        )
+        ended = processes.ended(process)
+        assert ended.status == 0, ended.told
+        texts.append(ended.output)
+    assert texts[0] == texts[1] and len(texts[0]) > len("def\n")
