@@ -194,7 +194,7 @@ def by_path(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def state_handler(
-    read_gb: int | None = None, *handlers: tuple[Any, Any]
+    read_gb: float | None = None, *handlers: tuple[Any, Any]
 ) -> ocp.PyTreeCheckpointHandler:
     """Make what writes and reads `state/`, with at most `read_gb` gigabytes in flight at a time.
 

@@ -22,7 +22,7 @@ from mesh_transformer.checkpoints.fingerprint import fingerprints
 from mesh_transformer.checkpoints.layout import CheckpointError, Damaged
 from mesh_transformer.config import ModelConfig
 
-_MIN_READ_GB = 16  # in flight while restoring; more only where one array alone needs it
+_READ_GB = 1.0  # in flight while restoring; more only where one array alone needs it
 ADVICE = "; restore another step or copy the folder again"
 
 
@@ -163,7 +163,7 @@ def _read_arrays(
         largest_gb = (
             max((it.size * it.dtype.itemsize for it in as_stored.values()), default=0) / 1e9
         )
-        handler = layout.state_handler(max(_MIN_READ_GB, 2 * int(largest_gb + 1)))
+        handler = layout.state_handler(max(_READ_GB, 1.01 * largest_gb))
         args = ocp.args.PyTreeRestore(
             item=as_stored,
             restore_args={
