@@ -7,8 +7,6 @@ in s3:// alike.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +16,7 @@ from mesh_transformer.checkpoints import (
     huggingface,
     native_source,
     original,
+    original_run,
     pieces,
     reading,
 )
@@ -30,7 +29,6 @@ Format = Literal["native", "original", "fused", "huggingface"]
 UNFINISHED = "unfinished"
 """Ends the name of a folder that is being written; of a file, in a folder of a bucket that is."""
 
-_STEP = re.compile(r"step_(\d+)")
 _NOT_TRAINED = {
     "per_replica_batch": 1, "warmup_steps": 0, "anneal_steps": 1, "total_steps": 1, "lr": 1e-5,
     "end_lr": 1e-5, "weight_decay": 0.0, "train_set": "none", "ckpt_every": 1, "keep_every": 1,
@@ -58,7 +56,7 @@ def find(path: str) -> Found:
         return Found("native", folder)
     if huggingface.is_huggingface(path):
         return Found("huggingface", path)
-    for folder in (path, _newest_of_original(path)):
+    for folder in (path, original_run.newest(path)):
         if folder and storage.exists(storage.join(folder, UNFINISHED)):
             raise CheckpointError(f"{folder} was never finished; write it again")
         if folder and original.is_original(folder):
@@ -145,7 +143,7 @@ def check_unused(root: str) -> None:
     Raises:
         CheckpointError: Says how to go on from it.
     """
-    folder = _newest_of_original(root)
+    folder = original_run.newest(root)
     if folder and (original.is_original(folder) or fused.is_fused(folder)):
         raise CheckpointError(
             f"{root} holds a run of mesh-transformer-jax ({folder}). To go on where it stopped, "
@@ -153,17 +151,3 @@ def check_unused(root: str) -> None:
             "FOLDER --format native, and set model_dir to FOLDER; to tune it from step 0, set "
             f"another model_dir and give --tune-model-path {folder}"
         )
-
-
-def _newest_of_original(path: str) -> str | None:
-    """Name the step folder that a run of the original's means by its folder."""
-    steps = [int(match[1]) for name in storage.children(path) if (match := _STEP.fullmatch(name))]
-    meta = storage.join(path, "meta.json")
-    if storage.exists(meta):
-        try:
-            listed = {int(n) for n in json.loads(storage.read_text(meta)).get("checkpoints", [])}
-        except (ValueError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{meta} is damaged: {error}") from error
-        # The original deletes steps before it writes their list anew.
-        steps = [step for step in steps if step in listed] or steps
-    return storage.join(path, f"step_{max(steps)}") if steps else None
