@@ -47,7 +47,7 @@ class ModelConfig(Section):
         pe_scaling: How they are stretched beyond the length they were trained with.
         pe_scaling_factors: By how much, in the words of Hugging Face's `rope_scaling`.
         pe_offset: Rows of the "fixed" table before that of the first position.
-        window: Slots that a query sees, itself included; 0: all before it.
+        window: Slots that a query sees, itself included; 0 (or `seq` and more): all before it.
         window_every: The window is that of each layer whose number, from 1, this divides.
         attention_scale: Factor of the products of queries and keys. Left out: 1 / sqrt(d_head).
         qk_norm: Whether queries and keys are normalised per head, by "rmsnorm-mean".

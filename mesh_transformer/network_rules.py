@@ -85,6 +85,11 @@ FUSED = {key: theirs for key, theirs in ORIGINAL.items() if key != "d_head"} | {
 """What its second model computes."""
 
 
+def is_windowed(window: int, seq: int) -> bool:
+    """Say whether a window hides anything: one as long as what is fed does not."""
+    return 0 < window < seq
+
+
 def unlike(theirs: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
     """Say of each key of a model what `ORIGINAL` or `FUSED` has instead of its value."""
     problems = []
@@ -167,10 +172,28 @@ IMPOSSIBLE: tuple[Rule, ...] = (
         residual != "post-norm" or not final_norm,
         "residual 'post-norm' ends with a norm, so that final_norm must be false",
     ),
-    lambda window, attention: unless(
-        window == 0 or attention in ("auto", "xla"),
+    lambda window, seq, attention: unless(
+        not is_windowed(window, seq) or attention in ("auto", "xla"),
         f"attention {attention!r} sees all slots before a query, not a window of {window}; set "
         "attention to 'auto' or 'xla'",
+    ),
+    lambda window, window_every: unless(
+        window > 0 or window_every == 1,
+        f"window_every {window_every} has no effect without a window; set window or leave "
+        "window_every out",
+    ),
+    lambda pe, pe_offset: unless(
+        pe == "fixed" or pe_offset == 0,
+        f"pe_offset {pe_offset} is of the table that pe 'fixed' has, and pe is {pe!r}; leave "
+        "pe_offset out",
+    ),
+    lambda pe, pe_theta: unless(
+        pe.startswith("rotary") or pe_theta == 10_000,
+        f"pe_theta {pe_theta} is of rotary positions, and pe is {pe!r}; leave pe_theta out",
+    ),
+    lambda pe, pe_scaling: unless(
+        pe.startswith("rotary") or pe_scaling == "none",
+        f"pe_scaling {pe_scaling!r} is of rotary positions, and pe is {pe!r}; leave pe_scaling out",
     ),
     lambda n_tokens, n_vocab: unless(
         n_tokens <= n_vocab,

@@ -73,6 +73,22 @@ OF_THE_MODEL: list[tuple[dict, str]] = [
         "attention 'splash' sees all slots before a query, not a window of 8; set attention to "
         "'auto' or 'xla'",
     ),
+    (
+        {"window_every": 2},
+        "window_every 2 has no effect without a window; set window or leave window_every out",
+    ),
+    (
+        {"pe_offset": 2},
+        "pe_offset 2 is of the table that pe 'fixed' has, and pe is 'rotary'; leave pe_offset out",
+    ),
+    (
+        {"pe": "none", "pe_theta": 5e5},
+        "pe_theta 500000.0 is of rotary positions, and pe is 'none'; leave pe_theta out",
+    ),
+    (
+        {"pe": "alibi", "pe_scaling": "linear", "pe_scaling_factors": {"factor": 2.0}},
+        "pe_scaling 'linear' is of rotary positions, and pe is 'alibi'; leave pe_scaling out",
+    ),
 ]
 """What is impossible in a network, and the sentences that say so."""
 
@@ -109,6 +125,8 @@ def random_flat(rng: random.Random) -> dict:
     kept = {key: value for key, value in optional.items() if rng.random() < 0.5}
     if kept.get("original_shards"):  # the original has no widths of its own
         kept = {key: value for key, value in kept.items() if key not in ("d_head", "d_ff")}
+    if kept.get("pe") != "fixed":
+        kept.pop("pe_offset", None)
     flat = list((required | kept).items())
     rng.shuffle(flat)
     return dict(flat)
@@ -119,13 +137,15 @@ def random_architecture(rng: random.Random, *, heads: int) -> dict:
         "residual": rng.choice(["parallel", "parallel-untied", "sequential"]),
         "final_norm": rng.random() < 0.5,
         "norm_epsilon": 1e-6,
-        "pe_theta": 5e5,
-        "pe_scaling": "none",
-        "pe_scaling_factors": {"factor": 2.5},
-        "pe_offset": rng.randint(0, 2),
+        **rng.choice(
+            [
+                {"pe": "rotary", "pe_theta": 5e5, "pe_scaling": "none"},
+                {"pe": "rotary-half", "pe_scaling": "none", "pe_scaling_factors": {"factor": 2.5}},
+                {"pe": "fixed", "pe_offset": rng.randint(0, 2)},
+            ]
+        ),
         "n_kv_heads": heads,
-        "window": 0,
-        "window_every": 2,
+        **rng.choice([{"window": 4096}, {"window": 0, "window_every": 1}]),
         "attention_scale": 0.5,
         "qk_norm": rng.random() < 0.5,
         "activation": rng.choice(["gelu", "silu"]),

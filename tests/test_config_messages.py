@@ -309,6 +309,7 @@ def test_each_rule_has_its_message_tested() -> None:
         {"val_every": 1000, "ckpt_every": 1000, "keep_every": 1},
         {"zero_stage": 0, "tpu_size": 3},
         {"d_head": 6, "n_heads": 5},
+        {"window": MINIMAL["seq"], "window_every": 2, "attention": "splash"},
         {"original_shards": 8},
         {"noise_scale_alpha": 1},
         {"pod_step_seconds": 1800, "pod_retries": 0},

@@ -297,6 +297,8 @@ def device(platform: str, kind: str) -> Any:
         ("gpu", "NVIDIA H100", {"d_head": 64, "seq": 256, "compute_dtype": "float32"}, "xla"),
         ("gpu", "NVIDIA H100", {"d_head": 64, "seq": 200}, "xla"),
         ("gpu", "NVIDIA H100", {"d_head": 64, "seq": 256, "pe": "t5"}, "xla"),
+        ("gpu", "NVIDIA H100", {"d_head": 64, "seq": 256, "window": 255}, "xla"),
+        ("gpu", "NVIDIA H100", {"d_head": 64, "seq": 256, "window": 256}, "cudnn"),
         ("gpu", "NVIDIA A100", {"d_head": 128, "seq": 256}, "cudnn"),
         ("gpu", "NVIDIA A100", {"d_head": 256, "seq": 256}, "xla"),
         ("gpu", "Tesla T4", {"d_head": 64, "seq": 256}, "xla"),

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.errors import UserError
 from mesh_transformer.model.positions import Positions
+from mesh_transformer.network_rules import is_windowed
 from mesh_transformer.sharding import axis_size, over_mp, shard
 
 Implementation = Literal["xla", "cudnn", "splash"]
@@ -119,8 +120,7 @@ def plain(
     q_BHTK, k_BGSK, v_BGSK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
     shape_BHTK, shape_BHTS = q_BHTK.shape, (*q_BHTK.shape[:3], k_BGSK.shape[2])
     grouped = (*k_BGSK.shape[:2], -1)  # B G, and the queries of a group
-    q_BHTK = q_BHTK * jnp.asarray(scale, q_BHTK.dtype)
-    logits_BHTS = jnp.einsum(
+    logits_BHTS = scale * jnp.einsum(
         "bgqk,bgsk->bgqs",
         q_BHTK.reshape(*grouped, shape_BHTK[-1]),
         k_BGSK,
@@ -161,7 +161,9 @@ def splash(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, scale: float
     attend = kernels.make_splash_mha(mask, head_shards=1, q_seq_shards=1)
     k_BTHK, v_BTHK = (jnp.repeat(x, n_heads // x.shape[2], axis=2) for x in (k_BTGK, v_BTGK))
     q_BHTK, k_BHTK, v_BHTK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
-    return jax.vmap(attend)(q_BHTK * scale, k_BHTK, v_BHTK).swapaxes(1, 2)
+    # The kernel has no scale: a factor in float32, and one rounding, none for a power of two.
+    scaled_BHTK = (q_BHTK.astype(jnp.float32) * scale).astype(q_BHTK.dtype)
+    return jax.vmap(attend)(scaled_BHTK, k_BHTK, v_BHTK).swapaxes(1, 2)
 
 
 def implementation_for(config: ModelConfig, device: jax.Device) -> Implementation:
@@ -171,7 +173,10 @@ def implementation_for(config: ModelConfig, device: jax.Device) -> Implementatio
         UserError: The configuration forces one that cannot run there; every reason is named.
     """
     has_bias = (config.pe in ("t5", "alibi"), f"it takes no bias, which pe {config.pe} adds")
-    has_window = (config.window > 0, f"it sees all slots before a query, not {config.window}")
+    has_window = (
+        is_windowed(config.window, config.seq),
+        f"it sees all slots before a query, not {config.window}",
+    )
     whole = (config.seq % 128 != 0, f"it needs seq a multiple of 128, seq is {config.seq}")
     is_v4_or_newer = not any(old in device.device_kind for old in ("v2", "v3"))
     widest = _widest_cudnn_head(device)

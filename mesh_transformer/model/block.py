@@ -17,7 +17,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.attention import Cache, attention, n_kv_heads_held
-from mesh_transformer.model.layers import PRODUCT, Matrix, Norm, Product, mean_square_normalised
+from mesh_transformer.model.layers import (
+    PRODUCT,
+    Matrix,
+    Norm,
+    Product,
+    mean_square_normalised,
+    plus,
+)
 from mesh_transformer.model.positions import Positions, rotate
 from mesh_transformer.sharding import columns, rows, shard
 
@@ -109,16 +116,16 @@ class FeedForward(NamedTuple):
 
     def hidden(self, products: tuple[jax.Array, ...]) -> jax.Array:
         """Return the hidden features `BTF` of the products with `inputs`."""
-        dtype, act = products[0].dtype, ACTIVATIONS[self.config.activation]
+        act = ACTIVATIONS[self.config.activation]
         matrices = [it for it in (self.up, self.gate) if it is not None]
         made = [
-            x_BTF + it.bias(dtype) if self.config.ff_bias else x_BTF
+            plus(x_BTF, it.bias()) if self.config.ff_bias else x_BTF
             for x_BTF, it in zip(products, matrices, strict=True)
         ]
         return shard(act(made[0]) if self.gate is None else made[0] * act(made[1]), "BTF")
 
     def add_bias(self, z_BTD: jax.Array) -> jax.Array:
-        return z_BTD + self.out.bias(z_BTD.dtype) if self.config.ff_bias else z_BTD
+        return plus(z_BTD, self.out.bias()) if self.config.ff_bias else z_BTD
 
 
 class Heads(NamedTuple):
@@ -155,12 +162,12 @@ class Heads(NamedTuple):
 
     def split(self, products: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return queries `BTHK`, keys and values `BTGK` of the products with `inputs`."""
-        cfg, dtype = self.config, products[0].dtype
+        cfg = self.config
         q_BTH, k_BTG, v_BTG = products
         if cfg.qkv_bias:
-            q_BTH = q_BTH + self.q.bias(dtype)
-            k_BTG = k_BTG + self._copied(self.k.bias(dtype))
-            v_BTG = v_BTG + self._copied(self.v.bias(dtype))
+            q_BTH = plus(q_BTH, self.q.bias())
+            k_BTG = plus(k_BTG, self._copied(self.k.bias()))
+            v_BTG = plus(v_BTG, self._copied(self.v.bias()))
         q_BTHK, k_BTGK, v_BTGK = (
             shard(x.reshape(*x.shape[:2], -1, cfg.d_head), dims)
             for x, dims in ((q_BTH, "BTHK"), (k_BTG, "BTGK"), (v_BTG, "BTGK"))
@@ -179,7 +186,7 @@ class Heads(NamedTuple):
         return jnp.repeat(heads, copies, axis=-2).reshape(*x.shape[:-1], -1)
 
     def add_bias(self, z_BTD: jax.Array) -> jax.Array:
-        return z_BTD + self.o.bias(z_BTD.dtype) if self.config.o_bias else z_BTD
+        return plus(z_BTD, self.o.bias()) if self.config.o_bias else z_BTD
 
 
 def _stddevs(config: ModelConfig) -> tuple[float, float]:

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.attention import Cache, n_kv_heads_held
 from mesh_transformer.model.block import Block
-from mesh_transformer.model.layers import PRODUCT, Embed, Head, Norm, Unembed, logits
+from mesh_transformer.model.layers import PRODUCT, Embed, Head, Norm, Unembed, logits, plus
 from mesh_transformer.model.loss import TokenLoss, next_token_loss
 from mesh_transformer.model.positions import LearnedPositions, positions_of, sinusoidal
 from mesh_transformer.model.weights import cast_at_use
+from mesh_transformer.network_rules import is_windowed
 from mesh_transformer.sharding import shard
 
 
@@ -48,7 +49,7 @@ class Decoder(hk.Module):
         slots = tokens_BT.shape[1] if cache is None else cache.k_LBSGK.shape[2]
         x_BTD, table_VE = Embed(cfg, name="embed")(tokens_BT)
         if cfg.pe == "fixed":
-            x_BTD = x_BTD + LearnedPositions(cfg, name="positions")(positions_BT)
+            x_BTD = plus(x_BTD, LearnedPositions(cfg, name="positions")(positions_BT))
         if cfg.pe == "sinusoidal":
             x_BTD = x_BTD + sinusoidal(positions_BT, cfg.d_model).astype(x_BTD.dtype)
         positions = positions_of(positions_BT, slots, cfg)
@@ -82,7 +83,7 @@ class Decoder(hk.Module):
 
 def window_of(layer: jax.Array, config: ModelConfig) -> jax.Array | None:
     """Return how many slots a query of a layer, counted from 0, sees; None if all ever do."""
-    if not config.window:
+    if not is_windowed(config.window, config.seq):
         return None
     is_local = (layer + 1) % config.window_every == 0
     return jnp.where(is_local, config.window, jnp.iinfo(jnp.int32).max // 2)

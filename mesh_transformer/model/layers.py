@@ -82,9 +82,17 @@ class Matrix(hk.Module):
         init = hk.initializers.TruncatedNormal(stddev=self.stddev)
         return hk.get_parameter("w", [self.n_in, self.n_out], init=init)
 
-    def bias(self, dtype: jnp.dtype) -> jax.Array:
-        """Return the bias `[n_out]` that goes with the weight; it starts at 0."""
-        return hk.get_parameter("b", [self.n_out], init=jnp.zeros).astype(dtype)
+    def bias(self) -> jax.Array:
+        """Return the bias `[n_out]` that goes with the weight, for `plus`; it starts at 0."""
+        return hk.get_parameter("b", [self.n_out], init=jnp.zeros)
+
+
+def plus(x: jax.Array, parameter: jax.Array) -> jax.Array:
+    """Add to features what is learned and the same for many tokens, in float32.
+
+    For the sake of the parameter's gradient: a sum over all these tokens.
+    """
+    return (x.astype(jnp.float32) + parameter.astype(jnp.float32)).astype(x.dtype)
 
 
 Product = tuple[jax.Array, str]
@@ -110,9 +118,8 @@ class Embed(hk.Module):
             project = Matrix(cfg.d_embed, cfg.d_model, cfg.d_embed**-0.5, name="project")
             x_BTD = x_BTD @ project()
         if cfg.embed_bias:
-            # Added in float32, for the sake of the bias's gradient: a sum over all tokens.
-            x_BTD = x_BTD + hk.get_parameter("b", [cfg.d_model], init=jnp.zeros)
-        x_BTD = shard(x_BTD.astype(table_VE.dtype), "BTD")
+            x_BTD = plus(x_BTD, hk.get_parameter("b", [cfg.d_model], init=jnp.zeros))
+        x_BTD = shard(x_BTD, "BTD")
         return (Norm(cfg, name="norm")(x_BTD) if cfg.embed_norm else x_BTD), table_VE
 
 
