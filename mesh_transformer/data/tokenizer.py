@@ -154,7 +154,6 @@ class Subwords:
         self.eot_text = eot_text
         self.files = files
         self.eot_id = eot_id
-        self.bos_text = bos_text
         self.bos_id = (
             None
             if bos_text is None
@@ -245,9 +244,9 @@ class TextStream:
         self._tokenizer = tokenizer
         self._table = tokenizer.token_bytes()
         if self._table is not None:
-            for i in (tokenizer.eot_id, tokenizer.bos_id):
-                if i is not None:
-                    self._table[i] = tokenizer.decode([i]).encode()
+            if tokenizer.bos_id is not None:
+                self._table[tokenizer.bos_id] = tokenizer.decode([tokenizer.bos_id]).encode()
+            self._table[tokenizer.eot_id] = tokenizer.eot_text.encode()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         # Without a table: the ids shown last, which give those held now their context.
         self._shown: list[int] = []
