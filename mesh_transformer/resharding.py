@@ -73,6 +73,7 @@ def write(
             position=position or Position().to_json(),
             overwrite=overwrite,
             eot_id=None if tokens is None else tokens.eot_id,
+            bos_id=None if tokens is None else tokens.bos_id,
             write_tokenizer=write_tokenizer,
             advance=advance,
         )

@@ -3,13 +3,14 @@
 Model FLOPs utilisation (MFU) after PaLM, arXiv:2204.02311, appendix B:
 
     MFU = tokens per second x FLOPs per token / peak FLOPs per second of all devices
-    FLOPs per token = 6 N + 12 L H K T
+    FLOPs per token = 6 N + 12 L H K S
 
-N counts the weights that multiply activations: attention, feed-forward and output projections. The
-embedding and learned positions are looked up, not multiplied, and count nothing; biases and norms
-are left out as well. 12 L H K T is attention as if every token saw all T tokens: like PaLM it is
-not halved for the causal mask. Recomputation (rematerialisation) is work, but not the model's, and
-is not counted.
+N counts the weights that multiply activations: attention, feed-forward and its gate, the head, and
+what projects embeddings to features and back. A tied head multiplies by the embeddings' table,
+which counts; embeddings and learned positions are looked up, not multiplied, and count nothing, and
+biases and norms are left out as well. 12 L H K S is attention as if every token saw S tokens: all
+T, or those of a layer's window. Like PaLM it is not halved for the causal mask. Recomputation
+(rematerialisation) is work, but not the model's, and is not counted.
 """
 
 from __future__ import annotations
@@ -23,16 +24,19 @@ from mesh_transformer.config import ModelConfig
 
 
 def matmul_parameters(model: ModelConfig) -> int:
-    """Count the weights that multiply activations in a GPT-J decoder: N of the formula above."""
-    attention = 4 * model.d_model * model.n_heads * model.d_head
-    feed_forward = 2 * model.d_model * model.d_ff
-    return model.layers * (attention + feed_forward) + model.d_model * model.n_vocab
+    """Count the weights that multiply activations in a decoder: N of the formula above."""
+    attention = 2 * model.d_model * (model.n_heads + model.n_kv_heads) * model.d_head
+    feed_forward = (3 if model.gated else 2) * model.d_model * model.d_ff
+    projections = 2 * model.d_embed * model.d_model if model.d_embed != model.d_model else 0
+    head = model.d_embed * model.n_vocab
+    return model.layers * (attention + feed_forward) + projections + head
 
 
 def train_flops_per_token(model: ModelConfig) -> float:
-    """Count the operations of forward and backward pass per trained token: 6 N + 12 L H K T."""
-    attention = 12 * model.layers * model.n_heads * model.d_head * model.seq
-    return float(6 * matmul_parameters(model) + attention)
+    """Count the operations of forward and backward pass per trained token: 6 N + 12 L H K S."""
+    n_local = model.layers // model.window_every if model.window else 0
+    seen = (model.layers - n_local) * model.seq + n_local * min(model.window, model.seq)
+    return float(6 * matmul_parameters(model) + 12 * model.n_heads * model.d_head * seen)
 
 
 def mfu(

@@ -77,14 +77,19 @@ def config_keys(config: Mapping[str, Any], where: str = "config.json") -> dict[s
 
 
 def config_json(
-    model: ModelConfig, dtype: np.dtype[Any], *, eot_id: int | None = None
+    model: ModelConfig,
+    dtype: np.dtype[Any],
+    *,
+    eot_id: int | None = None,
+    bos_id: int | None = None,
 ) -> dict[str, Any]:
     """Describe a model as `transformers` does.
 
     Args:
         dtype: Of the weights.
-        eot_id: The token that ends a text and begins one. None takes the published models', if it
-            is in the vocabulary.
+        eot_id: The token that ends a text, and begins one if no other does. None takes the
+            published models', if it is in the vocabulary.
+        bos_id: Another token that begins a text.
 
     Raises:
         CheckpointError: No family computes what this model does; every reason is listed, of the
@@ -99,6 +104,7 @@ def config_json(
         )
         raise CheckpointError("\n  - ".join([heading, *problems]))
     begin_id = family.begin_id if eot_id is None else eot_id
+    begin_id = begin_id if bos_id is None else bos_id
     eot_id = family.eot_id if eot_id is None else eot_id
     config: dict[str, Any] = {
         "architectures": [family.architecture],

@@ -30,7 +30,7 @@ from mesh_transformer.checkpoints.tensors import Tensor, tensors
 from mesh_transformer.config import ModelConfig
 
 Stored: TypeAlias = safetensors.Stored | pytorch.Mapped
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 SHARD_BYTES = 5 * 10**9
 
 _SAFETENSORS, _PYTORCH, _INDEX = "model.safetensors", "pytorch_model.bin", ".index.json"
@@ -44,6 +44,24 @@ def is_huggingface(folder: str) -> bool:
     """Say whether a folder is a model of Hugging Face's, whole or not, of whatever family."""
     config = storage.join(folder, CONFIG)
     return storage.exists(config) and b'"model_type"' in storage.read_bytes(config)
+
+
+def end_ids(folder: str) -> tuple[int, ...]:
+    """Return the tokens that end what a model writes, by its generation_config.json or config.json.
+
+    Raises:
+        CheckpointError: What stands there is no token id, and no list of them.
+    """
+    for path in (storage.join(folder, name) for name in (GENERATION, CONFIG)):
+        said = _read_json(path).get("eos_token_id") if storage.exists(path) else None
+        if said is not None:
+            ids = said if isinstance(said, list) else [said]
+            if not all(type(it) is int and it >= 0 for it in ids):
+                raise CheckpointError(
+                    f"{path}: eos_token_id is {said!r}; needed is a token id, a list of ids or null"
+                )
+            return tuple(ids)
+    return ()
 
 
 class HuggingFace:
@@ -167,6 +185,7 @@ def write(
     dtype: np.dtype[Any],
     shard_bytes: int = SHARD_BYTES,
     eot_id: int | None = None,
+    bos_id: int | None = None,
     advance: Callable[[int], object] = lambda n: None,
 ) -> None:
     """Write a folder that `transformers` reads; config.json comes last.
@@ -176,14 +195,14 @@ def write(
         source: Of the model's arrays.
         dtype: Of the weights.
         shard_bytes: Of one file, at most; an array that is larger has a file for itself.
-        eot_id: As for `families.config_json`.
+        eot_id, bos_id: As for `families.config_json`.
         advance: Called with the bytes of each array that is written.
 
     Raises:
         CheckpointError: `transformers` has no such model, the source is not of it, or a weight is
             too large for the dtype.
     """
-    config = config_json(model, dtype, eot_id=eot_id)
+    config = config_json(model, dtype, eot_id=eot_id, bos_id=bos_id)
     family = family_of(config)
     assert family is not None, "config_json names one of them"
     source = fitted(source, model)

@@ -137,6 +137,16 @@ def stored_config(path: str) -> Config:
     return parse({**_NOT_TRAINED, **about, **keys}, source=found.folder)
 
 
+def end_ids(path: str) -> tuple[int, ...]:
+    """Return the tokens that the checkpoint at a path ends its texts with, where it says so itself.
+
+    Raises:
+        CheckpointError: There is no complete checkpoint, or what it says are no token ids.
+    """
+    found = find(path)
+    return huggingface.end_ids(found.folder) if found.format == "huggingface" else ()
+
+
 def check_unused(root: str) -> None:
     """Refuse to begin a run in the folder of one of the original's, as if nothing were there.
 
