@@ -19,7 +19,10 @@ PACKAGE = ROOT / "mesh_transformer"
 # Names that no file has yet are places kept free.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("errors schema relations network_rules rules sections network config", "session", "records"),
-    ("sharding", "storage noise_scale throughput progress trackers metrics_file metrics plot"),
+    (
+        "sharding",
+        "buckets storage noise_scale throughput progress trackers metrics_file metrics plot",
+    ),
     (
         "model model.positions model.attention model.layers model.block model.weights model.loss"
         " model.sampling",
@@ -57,7 +60,7 @@ OWNERS = {
     "tensorflow": {"data.tfrecord"},
     "ray": {"pod.machines", "pod.cluster"},
     "google.cloud.tpu": {"pod.tpu_api"},
-    "google.cloud.storage": {"storage"},
+    "google.cloud.storage": {"buckets"},
     "lm_eval": {"harness"},
     "tensorboard": {"trackers"},
     "wandb": {"trackers"},
