@@ -55,18 +55,20 @@ def open(path: str, mode: str, encoding: str | None) -> IO[Any]:
         shared: dict[str, Any] = {"client": _store(path).client}
         if mode[0] == "w":
             shared["min_part_size"] = _PART_BYTES
-        opened = smart_open.open(
-            path, mode, encoding=encoding, compression="disable", transport_params=shared
+        opened: Any = smart_open.open(
+            path, f"{mode[0]}b", compression="disable", transport_params=shared
         )
-    stream: Any = _Stream(path, opened)
+    if encoding and mode[0] == "r":
+        opened = io.TextIOWrapper(opened, encoding)
+    stream: Any = _Stream(path, opened, encoding)
     return stream  # type: ignore[no-any-return]
 
 
 class _Stream:
     """A remote file that is open: what is written is passed on in parts, and errors are told."""
 
-    def __init__(self, path: str, file: Any) -> None:
-        self._path, self._file = path, file
+    def __init__(self, path: str, file: Any, encoding: str | None) -> None:
+        self._path, self._file, self._encoding = path, file, encoding
         self.read = self._told(file.read)
         self.readline = self._told(file.readline)
         self.readlines = self._told(file.readlines)
@@ -74,13 +76,11 @@ class _Stream:
         self._pass_on = self._told(file.write)
 
     def write(self, data: Any) -> int:
-        """Write as much as is given; the store's own client would hold all of it at once."""
-        if isinstance(data, str):
-            return self._pass_on(data)
-        whole = memoryview(data).cast("B")
+        """Write in parts, for Google's client would hold all that it is given at once."""
+        whole = memoryview(data.encode(self._encoding) if isinstance(data, str) else data).cast("B")
         for begin in range(0, len(whole), _PART_BYTES):
             self._pass_on(whole[begin : begin + _PART_BYTES])
-        return len(whole)
+        return len(data) if isinstance(data, str) else len(whole)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
@@ -93,6 +93,12 @@ class _Stream:
         return self
 
     def __exit__(self, *raised: Any) -> None:
+        if raised[0] is not None and self._file.writable():
+            # Both clients complete an upload when it is collected, should giving it up fail too.
+            self._file.close = lambda: None
+            with contextlib.suppress(StorageError):  # what has been raised says why
+                self._told(self._file.terminate)()
+            return
         self._told(self._file.__exit__)(*raised)
 
     def _told(self, call: Callable[..., T]) -> Callable[..., T]:
@@ -319,8 +325,11 @@ def _named_errors(path: str) -> Iterator[None]:
             f"{path}: {scheme}:// needs a package that is not installed ({error}): "
             f'pip install "mesh-transformer[{EXTRAS[scheme]}]"'
         ) from error
-    except _store_errors(scheme) as error:
-        if isinstance(error, io.UnsupportedOperation):
+    except (*_store_errors(scheme), ValueError) as error:
+        told = isinstance(error, _store_errors(scheme)) or isinstance(
+            error.__cause__, _store_errors(scheme)
+        )
+        if not told or isinstance(error, io.UnsupportedOperation):
             raise
         if _status(error) != _NOT_FOUND:
             raise StorageError(
@@ -349,8 +358,11 @@ def _store_errors(scheme: str) -> tuple[type[Exception], ...]:
     if scheme == "gs":
         import google.api_core.exceptions
         import google.auth.exceptions
+        import google.cloud.storage.exceptions
 
         return (
+            google.cloud.storage.exceptions.InvalidResponse,
+            google.cloud.storage.exceptions.DataCorruption,
             google.api_core.exceptions.GoogleAPIError,
             google.auth.exceptions.GoogleAuthError,
             OSError,
@@ -360,11 +372,14 @@ def _store_errors(scheme: str) -> tuple[type[Exception], ...]:
     return (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, OSError)
 
 
-def _status(error: Exception) -> int | None:
+def _status(error: BaseException) -> int | None:
     """Find the HTTP status behind an error of either package, or of smart-open around it."""
-    cause = error.__cause__ if isinstance(error, OSError) and error.__cause__ else error
-    code = getattr(cause, "code", None)
-    response = getattr(cause, "response", None)
+    if isinstance(error, OSError | ValueError) and error.__cause__:
+        error = error.__cause__
+    code = getattr(error, "code", None)
+    response = getattr(error, "response", None)
     if isinstance(response, dict):
         code = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    elif response is not None:
+        code = getattr(response, "status_code", code)
     return int(code) if code is not None else None

@@ -91,3 +91,8 @@ def store(remote: str, stores: dict[str, Gateway]) -> Gateway:
 def gs(request: pytest.FixtureRequest) -> str:
     """Give a folder in gs://, for what no other bucket can."""
     return _bucket_folder("gs", request)
+
+
+@pytest.fixture
+def s3(request: pytest.FixtureRequest) -> str:
+    return _bucket_folder("s3", request)
