@@ -168,6 +168,14 @@ def children(path: str) -> list[str]:
         return sorted({other.removeprefix(prefix).rstrip("/") for other in found} - {""})
 
 
+def files(folder: str) -> list[str]:
+    """List all files in a folder and in folders in it, as paths from there, in order."""
+    bucket, key = _split(folder.rstrip("/") + "/")
+    with _named_errors(folder):
+        found = (other.removeprefix(key) for other in _store(folder).keys(bucket, key))
+        return sorted(name for name in found if name and not name.endswith("/"))
+
+
 def remove(path: str) -> None:
     """Delete a file.
 

@@ -159,6 +159,16 @@ def children(path: str) -> list[str]:
     return sorted(os.listdir(path)) if os.path.isdir(path) else []
 
 
+def files(folder: str) -> list[str]:
+    """List all files in a folder and in folders in it, as paths from there, in order."""
+    if is_remote(folder):
+        return buckets.files(folder)
+    inside = ((os.path.relpath(place, folder), names) for place, _, names in os.walk(folder))
+    return sorted(
+        os.path.normpath(os.path.join(at, name)) for at, names in inside for name in names
+    )
+
+
 def remove(path: str) -> None:
     """Delete a file.
 

@@ -40,7 +40,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
         " checkpoints.safetensors checkpoints.pytorch checkpoints.family checkpoints.family_keys"
         " checkpoints.gpt_families checkpoints.llama_families checkpoints.families"
         " checkpoints.tensors checkpoints.huggingface checkpoints.placing checkpoints.opening"
-        " checkpoints.conversion",
+        " checkpoints.places checkpoints.conversion",
         "data data.cleaning data.framing data.documents data.tokenizer data.tokenizer_files"
         " data.packing data.dataset data.tfrecord data.jsonl data.webdataset data.encoding"
         " data.batches data.prepare",
