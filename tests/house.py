@@ -6,7 +6,10 @@ from __future__ import annotations
 # Names that no file has yet are places kept free.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("errors schema relations network_rules rules sections network config", "session", "records"),
-    ("sharding", "storage noise_scale throughput progress trackers metrics_file metrics plot"),
+    (
+        "sharding",
+        "buckets storage noise_scale throughput progress trackers metrics_file metrics plot",
+    ),
     (
         "model model.positions model.attention model.layers model.block model.weights model.loss"
         " model.sampling",
@@ -25,7 +28,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
         " checkpoints.safetensors checkpoints.pytorch checkpoints.family checkpoints.family_keys"
         " checkpoints.gpt_families checkpoints.llama_families checkpoints.families"
         " checkpoints.tensors checkpoints.huggingface checkpoints.placing checkpoints.opening"
-        " checkpoints.conversion",
+        " checkpoints.places checkpoints.conversion",
         "data data.cleaning data.framing data.documents data.tokenizer data.tokenizer_files"
         " data.packing data.dataset data.tfrecord data.jsonl data.webdataset data.encoding"
         " data.batches data.prepare",
@@ -45,7 +48,7 @@ OWNERS = {
     "tensorflow": {"data.tfrecord"},
     "ray": {"pod.machines", "pod.cluster"},
     "google.cloud.tpu": {"pod.tpu_api"},
-    "google.cloud.storage": {"storage"},
+    "google.cloud.storage": {"buckets"},
     "lm_eval": {"harness"},
     "tensorboard": {"trackers"},
     "wandb": {"trackers"},
