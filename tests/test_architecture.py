@@ -36,8 +36,9 @@ ROWS: tuple[tuple[str, ...], ...] = (
         " checkpoints.roles checkpoints.npz checkpoints.original checkpoints.fused"
         " checkpoints.safetensors checkpoints.pytorch checkpoints.family checkpoints.family_keys"
         " checkpoints.gpt_families checkpoints.llama_families checkpoints.families"
-        " checkpoints.tensors checkpoints.huggingface checkpoints.placing checkpoints.opening"
-        " checkpoints.conversion",
+        " checkpoints.tensors checkpoints.named checkpoints.huggingface checkpoints.flax_files"
+        " checkpoints.jaxseq checkpoints.zero_transformer checkpoints.gguf_files"
+        " checkpoints.cerebras checkpoints.placing checkpoints.opening checkpoints.conversion",
         "data data.cleaning data.framing data.documents data.tokenizer data.tokenizer_files"
         " data.packing data.dataset data.tfrecord data.jsonl data.webdataset data.encoding"
         " data.batches data.prepare",
@@ -61,8 +62,7 @@ OWNERS = {
     "lm_eval": {"harness"},
     "tensorboard": {"trackers"},
     "wandb": {"trackers"},
-    "torch": {"checkpoints.pytorch"},
-    "transformers": set(),
+    **{"torch": {"checkpoints.pytorch"}, "gguf": {"checkpoints.gguf_files"}, "transformers": set()},
 }
 
 FILE_LINES, FUNCTION_LINES, SCRIPT_LINES = 400, 60, 70
