@@ -31,7 +31,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 """What weights may be, by the names that are in files."""
 
-_WINDOW = 2**16  # bytes looked at together; keys, shapes and heads are far shorter
+_WINDOW = 2**16  # bytes looked at together
+_SMALL = 2**12  # at most, of keys and shapes
 _DEEPEST = 64  # maps in maps
 _IN_PIECES = "__msgpack_chunked_array__"
 _LENGTHS = {
@@ -157,8 +158,8 @@ class _Cursor:
 
     def small(self) -> Any:
         """Unpack what comes next, which is a scalar, a text, or a short list of these."""
-        unpacker = msgpack.Unpacker()
-        unpacker.feed(self.peek(_WINDOW))
+        unpacker = msgpack.Unpacker(read_size=_SMALL)
+        unpacker.feed(self.peek(_SMALL))
         value = unpacker.unpack()
         self.at += unpacker.tell()
         return value
@@ -254,7 +255,8 @@ def _leaves(cursor: _Cursor, name: str, depth: int) -> Iterator[tuple[str, Any]]
     elif kind == "ext":
         yield name, _extension(cursor, name)
     elif kind == "bytes":
-        cursor.at += cursor.head("bytes")[1]
+        n_bytes = cursor.head("bytes")[1]
+        cursor.at += n_bytes
         yield name, None
     else:
         yield name, cursor.small()

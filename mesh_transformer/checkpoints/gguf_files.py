@@ -234,8 +234,7 @@ class Gguf(NamedSource):
             )
         reader = _opened(path)
         stored = {tensor.name: Quantised(path, tensor) for tensor in reader.tensors}
-        about = {name: field.contents() for name, field in reader.fields.items()
-                 if not name.startswith("tokenizer.")}  # fmt: skip
+        about = _metadata(reader)
         if about.get("split.count", 1) != 1:
             raise CheckpointError(
                 f"{path} is one of {about['split.count']} files of a model: make them one first, "

@@ -43,6 +43,7 @@ _BY_FILES: dict[Format, Callable[[str], str | None]] = {
     "cerebras": cerebras.find,
     "zero-transformer": zero_transformer.find,
 }
+_FILES = (".gguf", ".msgpack", ".pth", ".mdl")
 _STEP = re.compile(r"step_(\d+)")
 _TELLING: dict[Format, Callable[[str], Source]] = {
     "huggingface": huggingface.HuggingFace,
@@ -94,8 +95,8 @@ def find(path: str) -> Found:
     raise CheckpointError(
         f"{path} {there}; needed is the folder (model_dir) of a run that has saved one, a step "
         "folder in it, a step folder of mesh-transformer-jax (with shard_0 or params in it), a "
-        "Hugging Face folder (with config.json and weights), or a file of another program's: "
-        ".gguf, .msgpack, .pth or .mdl"
+        "Hugging Face folder (with config.json and weights), or a file of another program's "
+        f"({', '.join(_FILES)})"
     )
 
 
@@ -154,7 +155,8 @@ def verify(found: Found, source: Source, advance: Callable[[int], object]) -> No
 def stored_config(path: str) -> Config:
     """Return the configuration that the checkpoint at a path holds.
 
-    Of a Hugging Face folder it describes the model and its tokenizer; the rest is made up.
+    Of another program's it describes the model and says that its tokenizer lies beside it, whether
+    it does or not: no tokenizer can be told by how many ids it has. The rest is made up.
 
     Raises:
         CheckpointError: There is no complete checkpoint, or one that holds no configuration.
@@ -164,13 +166,14 @@ def stored_config(path: str) -> Config:
     if found.format == "native":
         return parse(reading.read_extra(found.folder)["config"], source=found.folder)
     keys: dict[str, Any] = dict(open_source(found, None).known)
-    has_tokenizer = storage.exists(storage.join(found.folder, "tokenizer.json"))
-    about = {
-        "name": found.folder,
-        "model_dir": found.folder,
-        "tokenizer": found.folder if has_tokenizer else "gpt2",
-    }
+    folder = folder_of(found.folder)
+    about = {"name": folder, "model_dir": folder, "tokenizer": folder}
     return parse({**_NOT_TRAINED, **about, **keys}, source=found.folder)
+
+
+def folder_of(where: str) -> str:
+    """Name the folder that a checkpoint is, or lies in where it is a file."""
+    return where if storage.children(where) else where.rpartition("/")[0] or "."
 
 
 def check_unused(root: str) -> None:
