@@ -27,8 +27,10 @@ ROWS: tuple[tuple[str, ...], ...] = (
         " checkpoints.fused"
         " checkpoints.safetensors checkpoints.pytorch checkpoints.family checkpoints.family_keys"
         " checkpoints.gpt_families checkpoints.llama_families checkpoints.families"
-        " checkpoints.tensors checkpoints.huggingface checkpoints.placing checkpoints.opening"
-        " checkpoints.places checkpoints.conversion",
+        " checkpoints.tensors checkpoints.named checkpoints.huggingface checkpoints.flax_files"
+        " checkpoints.jaxseq checkpoints.zero_transformer checkpoints.gguf_files"
+        " checkpoints.cerebras checkpoints.placing checkpoints.opening checkpoints.places"
+        " checkpoints.conversion",
         "data data.cleaning data.framing data.documents data.tokenizer data.tokenizer_files"
         " data.packing data.dataset data.tfrecord data.jsonl data.webdataset data.encoding"
         " data.batches data.prepare",
@@ -53,5 +55,6 @@ OWNERS = {
     "tensorboard": {"trackers"},
     "wandb": {"trackers"},
     "torch": {"checkpoints.pytorch"},
+    "gguf": {"checkpoints.gguf_files"},
     "transformers": set(),
 }

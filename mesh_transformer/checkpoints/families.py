@@ -48,6 +48,15 @@ def config_keys(config: Mapping[str, Any], where: str = "config.json") -> dict[s
         raise CheckpointError(
             f"{where}: model_type is {shown(config, 'model_type')}; this library reads {known}"
         )
+    return keys_by(family, config, where)
+
+
+def keys_by(family: Family, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Translate what describes a model into keys of our configuration, by a family's rows.
+
+    Raises:
+        CheckpointError: As of `config_keys`.
+    """
     problems = [
         f"{key} is {shown(config, key)}; {family.name} is computed with {as_json(needed)} here"
         for key, needed in (*family.same.items(), *_ALWAYS_SAME.items())

@@ -100,6 +100,12 @@ def load(name: str) -> Tokenizer:
         return _gpt2()
     path = Path(name)
     if path.is_dir():
+        if not (path / "tokenizer.json").is_file():
+            raise DataError(
+                f"{name} holds no tokenizer.json, so that nothing says which tokenizer is meant: "
+                "copy that of its model there, or name it as tokenizer in the configuration "
+                "(--config)"
+            )
         return _from_file(name, path / "tokenizer.json", path / "tokenizer_config.json")
     if path.suffix == ".json" or path.is_file():
         return _from_file(name, path, path.with_name("tokenizer_config.json"))
