@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.attention import Cache, attention, n_kv_heads_held
 from mesh_transformer.model.layers import PRODUCT, Matrix, Norm, Product, mean_square_normalised
+from mesh_transformer.model.mup import ff_out_spread
 from mesh_transformer.model.positions import Positions, rotate
 from mesh_transformer.sharding import columns, rows, shard
 
@@ -97,6 +98,7 @@ class FeedForward(NamedTuple):
     @staticmethod
     def of(config: ModelConfig) -> FeedForward:
         read, write = _stddevs(config)
+        write *= ff_out_spread(config)
         d_model, d_ff = config.d_model, config.d_ff
         with hk.name_scope("ff"):
             up = Matrix(d_model, d_ff, read, name="in")
