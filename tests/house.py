@@ -11,8 +11,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
         "buckets storage noise_scale throughput progress trackers metrics_file metrics plot",
     ),
     (
-        "model model.positions model.attention model.layers model.block model.weights model.loss"
-        " model.sampling",
+        "model model.positions model.attention model.mup model.layers model.block model.weights"
+        " model.loss model.sampling",
     ),
     ("model.decoder", "model.encoder_decoder"),
     (

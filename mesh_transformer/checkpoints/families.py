@@ -17,6 +17,7 @@ from mesh_transformer.checkpoints.gpt_families import BLOOM, GPT2, GPT_NEO, GPT_
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.llama_families import GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.network_rules import MUP
 from mesh_transformer.schema import ConfigError
 
 FAMILIES = (GPTJ, GPT2, GPT_NEO, GPT_NEOX, OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA)
@@ -25,7 +26,7 @@ FAMILIES = (GPTJ, GPT2, GPT_NEO, GPT_NEOX, OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QW
 _ALWAYS_SAME = {"quantization_config": None}
 
 # Keys of our configuration that say how a model is computed, trained and sampled, not which it is.
-_FREE = {"n_tokens", "compute_dtype", "remat", "unroll", "attention", "z_loss"}
+_FREE = {"n_tokens", "compute_dtype", "remat", "unroll", "attention", "z_loss", *MUP}
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
@@ -181,7 +182,7 @@ def _meant(family: Family, model: ModelConfig, back: Json) -> dict[str, Any]:
             continue
         if key in rules.DERIVED:
             try:
-                meant[key] = relations.apply(rules.DERIVED[key], vars(model))
+                meant[key] = relations.apply(rules.DERIVED[key], {**vars(model), **MUP})
             except ValueError:
                 meant[key] = "d_model / n_heads"
         else:

@@ -73,10 +73,10 @@ class Decoder(hk.Module):
         # Read outside what backward recomputes: a spread head is then gathered once.
         head = Unembed(cfg, name="unembed")(table_VE)
         if targets_BT is None:
-            return logits(x_BTD, head), cache
+            return logits(x_BTD, head, cfg.output_scale), cache
 
         def loss(x_BTD: jax.Array, targets_BT: jax.Array, head: Head) -> TokenLoss:
-            return next_token_loss(logits(x_BTD, head), targets_BT)
+            return next_token_loss(logits(x_BTD, head, cfg.output_scale), targets_BT)
 
         return kept_for_backward(loss, cfg.remat)(x_BTD, targets_BT, head), cache
 
