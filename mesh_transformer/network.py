@@ -56,7 +56,8 @@ class ModelConfig(Section):
         pe_offset: Rows of the "fixed" table before that of the first position.
         window: Slots that a query sees, itself included; 0 (or `seq` and more): all before it.
         window_every: The window is that of each layer whose number, from 1, this divides.
-        attention_scale: Factor of the products of queries and keys. Left out: 1 / sqrt(d_head).
+        attention_scale: Factor of the products of queries and keys. Left out: 1 / sqrt(d_head);
+            with muP mup_attention_alpha sqrt(mup_base_d_head) / d_head.
         qk_norm: Whether queries and keys are normalised per head, by "rmsnorm-mean".
         activation: Of the feed-forward layer.
         gated: Whether the activation is of a second product and multiplies the first (GLU).
@@ -66,6 +67,13 @@ class ModelConfig(Section):
         embed_norm: Whether embeddings are normalised.
         embed_scale: Factor of embeddings, before positions are added.
         d_embed: Features of an embedding, projected to and from d_model. Left out: d_model.
+        output_scale: Factor of the logits, before their bias is added. Left out: 1; with muP
+            mup_output_alpha mup_base_d_model / d_model.
+        mup_base_d_model: The d_model for which lr and the other hyperparameters were found, to be
+            kept at this one (muP: see `model.mup`); 0: the standard parametrisation. With it go
+            `mup_base_d_ff` and `mup_base_d_head`, the base's d_ff and d_head.
+        mup_attention_alpha: Factor of the products of queries and keys, of all widths; so
+            `mup_output_alpha`, of the logits.
         compute_dtype: Of weights in use and activations; master weights are always float32.
         remat: What the backward pass computes anew: whole layers, all but matrix products, nothing.
         unroll: Layers computed in one round of the loop over layers. More of them run faster on
@@ -114,6 +122,12 @@ class ModelConfig(Section):
     embed_norm: bool = False
     embed_scale: Positive = 1.0
     d_embed: Count = DERIVED
+    output_scale: Positive = DERIVED
+    mup_base_d_model: Natural = 0
+    mup_base_d_ff: Natural = 0
+    mup_base_d_head: Natural = 0
+    mup_attention_alpha: Positive = 1.0
+    mup_output_alpha: Positive = 1.0
     n_tokens: Count = DERIVED
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Literal["full", "dots", "none"] = "full"

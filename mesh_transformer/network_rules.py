@@ -25,6 +25,13 @@ SCALING_FACTORS = {
     "yarn": ("factor", "original_max_position_embeddings"),
 }
 
+MUP: dict[str, Any] = {
+    **{"mup_base_d_model": 0, "mup_base_d_ff": 0, "mup_base_d_head": 0},
+    **{"mup_attention_alpha": 1.0, "mup_output_alpha": 1.0},
+}
+"""The keys of muP, as they are in the standard parametrisation. They say how a model is trained;
+what it computes `attention_scale` and `output_scale` say, which follow from them."""
+
 
 def _d_head(d_model: int, n_heads: int, use_static_sgu: bool = False) -> int:
     if use_static_sgu:
@@ -41,12 +48,22 @@ def _d_head(d_model: int, n_heads: int, use_static_sgu: bool = False) -> int:
     return d_model // n_heads
 
 
+def _attention_scale(d_head: int, mup_base_d_head: int, mup_attention_alpha: float) -> float:
+    base = mup_base_d_head or d_head
+    return mup_attention_alpha * d_head**-0.5 * (base / d_head) ** 0.5
+
+
+def _output_scale(d_model: int, mup_base_d_model: int, mup_output_alpha: float) -> float:
+    return mup_output_alpha * (mup_base_d_model or d_model) / d_model
+
+
 DERIVED: dict[str, Callable[..., Any]] = {
     "d_head": _d_head,
     "d_ff": lambda d_model: 4 * d_model,
     "d_embed": lambda d_model: d_model,
     "n_kv_heads": lambda n_heads: n_heads,
-    "attention_scale": lambda d_head: d_head**-0.5,
+    "attention_scale": _attention_scale,
+    "output_scale": _output_scale,
     "pe_rotary_dims": lambda pe, d_head: d_head if pe.startswith("rotary") else 0,
     "n_tokens": lambda n_vocab, tokenizer="": min(n_vocab, TOKENIZER_SIZES.get(tokenizer, n_vocab)),
 }
@@ -83,6 +100,8 @@ ORIGINAL: dict[str, Any] = {
     "d_embed": DERIVED["d_embed"],
     "use_static_sgu": (False,),
     "head_qk_trick": (False,),
+    "output_scale": (1.0,),
+    "mup_base_d_model": (0,),
 }
 """What mesh-transformer-jax's first model computes: each key's values, or what it follows from."""
 FUSED = {key: theirs for key, theirs in ORIGINAL.items() if key != "d_head"} | {
@@ -106,7 +125,7 @@ def unlike(theirs: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
         if key not in values:
             continue
         try:
-            allowed = (apply(kept, values),) if callable(kept) else kept
+            allowed = (apply(kept, {**values, **MUP}),) if callable(kept) else kept
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -126,8 +145,71 @@ def _as_the_original(original_shards: int, **keys: Any) -> str | None:
     return f"{start}{'; '.join(problems)}; leave original_shards out"
 
 
+def _whole_base(mup_base_d_model: int, mup_base_d_ff: int, mup_base_d_head: int) -> str | None:
+    base = {
+        "mup_base_d_model": mup_base_d_model,
+        "mup_base_d_ff": mup_base_d_ff,
+        "mup_base_d_head": mup_base_d_head,
+    }
+    given, lacking = [key for key in base if base[key]], [key for key in base if not base[key]]
+    return unless(
+        not given or not lacking,
+        f"{' and '.join(given)} without {' and '.join(lacking)}: muP needs all three sizes of the "
+        "base; give them or none",
+    )
+
+
+def _follows(key: str, formula: str, alpha: str) -> Rule:
+    """Return the rule that a scale is what muP makes it, if the model has a base."""
+
+    def rule(mup_base_d_model: int, **keys: Any) -> str | None:
+        keys["mup_base_d_model"] = mup_base_d_model
+        meant = apply(DERIVED[key], keys)
+        return unless(
+            not mup_base_d_model or meant is None or keys.get(key) in (None, meant),
+            f"{key} {keys.get(key)} is not what muP makes it, {formula} = {meant}; leave it out "
+            f"and set {alpha}",
+        )
+
+    return rule
+
+
+MUP_RULES: tuple[Rule, ...] = (
+    _whole_base,
+    _follows(
+        *("attention_scale", "mup_attention_alpha sqrt(mup_base_d_head) / d_head"),
+        "mup_attention_alpha",
+    ),
+    _follows("output_scale", "mup_output_alpha mup_base_d_model / d_model", "mup_output_alpha"),
+    lambda mup_base_d_model, mup_attention_alpha: unless(
+        mup_base_d_model > 0 or mup_attention_alpha == 1,
+        f"mup_attention_alpha {mup_attention_alpha} is of muP, and there is no mup_base_d_model; "
+        "give one, or set attention_scale",
+    ),
+    lambda mup_base_d_model, mup_output_alpha: unless(
+        mup_base_d_model > 0 or mup_output_alpha == 1,
+        f"mup_output_alpha {mup_output_alpha} is of muP, and there is no mup_base_d_model; give "
+        "one, or set output_scale",
+    ),
+    lambda mup_base_d_model, norm: unless(
+        mup_base_d_model == 0 or norm.startswith(("layernorm", "rmsnorm-mean")),
+        f"norm {norm!r} has a scale that is as large as the root of d_model, which muP keeps from "
+        "growing; set norm to 'layernorm' or 'rmsnorm-mean', or leave the mup keys out",
+    ),
+    lambda mup_base_d_model, head_qk_trick: unless(
+        mup_base_d_model == 0 or not head_qk_trick,
+        "head_qk_trick has as many features at any d_model, and muP has no rule for them; leave it "
+        "out, or the mup keys",
+    ),
+    lambda mup_base_d_model, d_embed, d_model: unless(
+        mup_base_d_model == 0 or d_embed == d_model,
+        f"d_embed {d_embed} is not d_model {d_model}, and muP has no rule for what projects one "
+        "to the other; leave d_embed out, or the mup keys",
+    ),
+)
 IMPOSSIBLE: tuple[Rule, ...] = (
     _as_the_original,
+    *MUP_RULES,
     lambda n_heads, cores_per_replica: unless(
         n_heads % cores_per_replica == 0,
         f"cores_per_replica {cores_per_replica} does not divide n_heads {n_heads}; "

@@ -56,7 +56,7 @@ def write(
     Raises:
         UserError: See there.
     """
-    tokens = tokenizer.load(config.data.tokenizer) if what.format == "hf" else None
+    tokens = _tokenizer_of(source, config) if what.format == "hf" else None
     n_vocab = what.n_vocab or config.model.n_vocab
     position = source.position if isinstance(source, NativeSource) else None
 
@@ -73,6 +73,7 @@ def write(
             position=position or Position().to_json(),
             overwrite=overwrite,
             eot_id=None if tokens is None else tokens.eot_id,
+            bos_id=None if tokens is None else tokens.bos_id,
             write_tokenizer=write_tokenizer,
             advance=advance,
         )
@@ -85,6 +86,16 @@ def write(
             output,
             "" if position else anew,
         )
+
+
+def _tokenizer_of(source: Source, config: Config) -> tokenizer.Tokenizer | None:
+    """Load the tokenizer to write beside a model; None where the one that was read has none."""
+    name = config.data.tokenizer
+    lacks = not storage.exists(storage.join(name, "tokenizer.json"))
+    if name == opening.folder_of(source.where) and lacks:
+        _logger.warning("%s holds no tokenizer.json, so that none is written either", name)
+        return None
+    return tokenizer.load(name)
 
 
 def verify(found: opening.Found, source: Source) -> None:

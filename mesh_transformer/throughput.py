@@ -3,13 +3,14 @@
 Model FLOPs utilisation (MFU) after PaLM, arXiv:2204.02311, appendix B:
 
     MFU = tokens per second x FLOPs per token / peak FLOPs per second of all devices
-    FLOPs per token = 6 N + 12 L H K T
+    FLOPs per token = 6 N + 12 L H K S
 
-N counts the weights that multiply activations: attention, feed-forward and output projections. The
-embedding and learned positions are looked up, not multiplied, and count nothing; biases and norms
-are left out as well. 12 L H K T is attention as if every token saw all T tokens: like PaLM it is
-not halved for the causal mask. Recomputation (rematerialisation) is work, but not the model's, and
-is not counted.
+N counts the weights that multiply activations: attention, feed-forward and its gate, the head, and
+what projects embeddings to features and back. A tied head multiplies by the embeddings' table,
+which counts; embeddings and learned positions are looked up, not multiplied, and count nothing, and
+biases and norms are left out as well. 12 L H K S is attention as if every token saw S tokens: all
+T, or those of a layer's window. Like PaLM it is not halved for the causal mask. Recomputation
+(rematerialisation) is work, but not the model's, and is not counted.
 """
 
 from __future__ import annotations
@@ -24,32 +25,36 @@ from mesh_transformer.network import HEAD_QK_FEATURES, SGU_WIDTH
 
 
 def matmul_parameters(model: ModelConfig) -> int:
-    """Count the weights that multiply activations in a GPT-J decoder: N of the formula above.
+    """Count the weights that multiply activations in a decoder: N of the formula above.
 
     With a static SGU attention reads and writes half of the features; Head-QK has two matrices.
     """
     d_attended = model.d_model // 2 if model.use_static_sgu else model.d_model
-    attention = 4 * d_attended * model.n_heads * model.d_head
-    feed_forward = 2 * model.d_model * model.d_ff
-    head_qk = 2 * model.d_model * HEAD_QK_FEATURES if model.head_qk_trick else 0
-    return model.layers * (attention + feed_forward) + head_qk + model.d_model * model.n_vocab
+    attention = 2 * d_attended * (model.n_heads + model.n_kv_heads) * model.d_head
+    feed_forward = (3 if model.gated else 2) * model.d_model * model.d_ff
+    projections = 2 * model.d_embed * model.d_model if model.d_embed != model.d_model else 0
+    head = model.d_embed * model.n_vocab
+    head += 2 * model.d_model * HEAD_QK_FEATURES if model.head_qk_trick else 0
+    return model.layers * (attention + feed_forward) + projections + head
 
 
 def train_flops_per_token(model: ModelConfig, length: int | None = None) -> float:
-    """Count the operations of forward and backward pass per trained token: 6 N + 12 L H K T.
+    """Count the operations of forward and backward pass per trained token: 6 N + 12 L H K S.
 
-    A static SGU adds 2 L (D / 2) T', T' being T up to its width: forward alone, as no gradient
-    flows back. Head-QK adds 6 T times its features; that its products fall on logits adds nothing.
+    A static SGU adds 2 L (D / 2) S', S' being S up to its width: forward alone, as no gradient
+    flows back. Head-QK adds 6 S times its features; that its products fall on logits adds nothing.
 
     Args:
-        length: T; the model's `seq` if None.
+        length: Of sequences; the model's `seq` if None.
     """
-    tokens = length or model.seq
-    attention = 12 * model.layers * model.n_heads * model.d_head * tokens
+    length = length or model.seq
+    n_local = model.layers // model.window_every if model.window else 0
+    seen = (model.layers - n_local) * length + n_local * min(model.window, length)
+    attention = 12 * model.n_heads * model.d_head * seen
     if model.use_static_sgu:
-        attention += min(SGU_WIDTH, tokens) * model.layers * model.d_model
+        attention += min(SGU_WIDTH, length) * model.layers * model.d_model
     if model.head_qk_trick:
-        attention += 6 * HEAD_QK_FEATURES * tokens
+        attention += 6 * HEAD_QK_FEATURES * length
     return float(6 * matmul_parameters(model) + attention)
 
 

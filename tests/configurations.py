@@ -28,6 +28,9 @@ MINIMAL = {
 }
 """Every key that has no default."""
 
+BASE = {"mup_base_d_model": 32, "mup_base_d_ff": 128, "mup_base_d_head": 8}
+"""Of which the minimal configuration is twice as wide."""
+
 OF_THE_MODEL: list[tuple[dict, str]] = [
     (
         {"pe_rotary_dims": 18},
@@ -109,6 +112,52 @@ OF_THE_MODEL: list[tuple[dict, str]] = [
         "use_static_sgu halves d_model 64, and zero_stage 1 spreads halves over 64 replica(s), "
         "which do not divide them; change d_model",
     ),
+    (
+        {"mup_base_d_model": 32, "mup_base_d_head": 8},
+        "mup_base_d_model and mup_base_d_head without mup_base_d_ff: muP needs all three sizes of "
+        "the base; give them or none",
+    ),
+    (
+        BASE | {"attention_scale": 0.25},
+        "attention_scale 0.25 is not what muP makes it, mup_attention_alpha sqrt(mup_base_d_head) "
+        "/ d_head = 0.1767766952966369; leave it out and set mup_attention_alpha",
+    ),
+    (
+        BASE | {"output_scale": 1.0},
+        "output_scale 1.0 is not what muP makes it, mup_output_alpha mup_base_d_model / d_model = "
+        "0.5; leave it out and set mup_output_alpha",
+    ),
+    (
+        {"mup_attention_alpha": 4},
+        "mup_attention_alpha 4.0 is of muP, and there is no mup_base_d_model; give one, or set "
+        "attention_scale",
+    ),
+    (
+        {"mup_output_alpha": 2.22},
+        "mup_output_alpha 2.22 is of muP, and there is no mup_base_d_model; give one, or set "
+        "output_scale",
+    ),
+    (
+        BASE | {"norm": "rmsnorm"},
+        "norm 'rmsnorm' has a scale that is as large as the root of d_model, which muP keeps from "
+        "growing; set norm to 'layernorm' or 'rmsnorm-mean', or leave the mup keys out",
+    ),
+    (
+        BASE | {"head_qk_trick": True},
+        "head_qk_trick has as many features at any d_model, and muP has no rule for them; leave it "
+        "out, or the mup keys",
+    ),
+    (
+        BASE | {"d_embed": 32},
+        "d_embed 32 is not d_model 64, and muP has no rule for what projects one to the other; "
+        "leave d_embed out, or the mup keys",
+    ),
+    (
+        BASE | {"original_shards": 8},
+        "original_shards 8 cannot be followed: attention_scale is 0.1767766952966369, 0.25 in "
+        "mesh-transformer-jax; output_scale is 0.5, 1.0 in mesh-transformer-jax; mup_base_d_model "
+        "is 32, 0 in mesh-transformer-jax; leave original_shards out",
+    ),
 ]
 """What is impossible in a network, and the sentences that say so."""
 
@@ -167,6 +216,8 @@ def random_flat(rng: random.Random) -> dict:
     optional = random_options(rng, cores=cores, replicas=replicas, vocab=vocab, head=head)
     if rng.random() < 0.5:
         optional |= random_architecture(rng, heads=heads) | {"original_shards": 0}
+    if rng.random() < 0.2:
+        return random_mup(rng, required)
     kept = {key: value for key, value in optional.items() if rng.random() < 0.5}
     if kept.get("original_shards"):  # the original has no widths of its own
         kept = {key: value for key, value in kept.items() if key not in ("d_head", "d_ff")}
@@ -200,7 +251,15 @@ def random_architecture(rng: random.Random, *, heads: int) -> dict:
         "use_static_sgu": False,
         "head_qk_trick": rng.random() < 0.5,
         "embed_scale": 2.0,
+        "output_scale": 0.25,
         "d_embed": 8,
+    }
+
+
+def random_mup(rng: random.Random, required: dict) -> dict:
+    return required | {
+        **{"mup_base_d_model": 64, "mup_base_d_ff": 200, "mup_base_d_head": rng.randint(1, 64)},
+        **{"mup_attention_alpha": 4.0, "mup_output_alpha": rng.uniform(0.1, 9)},
     }
 
 

@@ -11,59 +11,10 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from house import OWNERS, ROWS
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "mesh_transformer"
-
-# A module imports from rows above it, and from what stands to the left of it in its own group.
-# Names that no file has yet are places kept free.
-ROWS: tuple[tuple[str, ...], ...] = (
-    ("errors schema relations network_rules rules sections network config", "session", "records"),
-    ("sharding", "storage noise_scale throughput progress trackers metrics_file metrics plot"),
-    (
-        "model model.positions model.dropout model.attention model.layers model.mixing model.block"
-        " model.copying model.weights model.loss model.sampling",
-    ),
-    ("model.decoder", "model.encoder_decoder"),
-    (
-        "training",
-        "training.memory training.as_original training.optimizer training.gradients training.steps",
-    ),
-    (
-        "checkpoints checkpoints.fingerprint checkpoints.retention checkpoints.layout"
-        " checkpoints.reading checkpoints.native checkpoints.source checkpoints.pieces"
-        " checkpoints.native_source checkpoints.fitting checkpoints.native_writer"
-        " checkpoints.roles checkpoints.npz checkpoints.original checkpoints.fused"
-        " checkpoints.safetensors checkpoints.pytorch checkpoints.family checkpoints.family_keys"
-        " checkpoints.gpt_families checkpoints.llama_families checkpoints.families"
-        " checkpoints.tensors checkpoints.huggingface checkpoints.placing checkpoints.opening"
-        " checkpoints.conversion",
-        "data data.cleaning data.framing data.documents data.tokenizer data.tokenizer_files"
-        " data.packing data.dataset data.tfrecord data.jsonl data.webdataset data.encoding"
-        " data.batches data.prepare",
-    ),
-    ("pod", "pod.checks pod.devices pod.worker pod.host"),
-    ("pod.machines pod.cluster pod.startup pod.tpu_api pod.tpu_vm pod.slices",),
-    (
-        "training.goodput training.loop training.recovery driver",
-        "harness",
-        "serving serving.text serving.loading serving.engine serving.http",
-        "resharding plan",
-    ),
-)
-
-# Heavy or optional packages, and the only modules of the library that may import them.
-OWNERS = {
-    "tensorflow": {"data.tfrecord"},
-    "ray": {"pod.machines", "pod.cluster"},
-    "google.cloud.tpu": {"pod.tpu_api"},
-    "google.cloud.storage": {"storage"},
-    "lm_eval": {"harness"},
-    "tensorboard": {"trackers"},
-    "wandb": {"trackers"},
-    "torch": {"checkpoints.pytorch"},
-    "transformers": set(),
-}
 
 FILE_LINES, FUNCTION_LINES, SCRIPT_LINES = 400, 60, 70
 

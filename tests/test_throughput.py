@@ -1,9 +1,19 @@
 """Throughput: FLOPs by the stated formula, peaks by device, step times without what is no step."""
 
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import pytest
+import small
 
 from mesh_transformer import throughput
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.model.decoder import make_model
 
 GPT_J_6B = ModelConfig(
     layers=28, d_model=4096, n_heads=16, n_vocab=50400, seq=2048, pe="rotary", pe_rotary_dims=64
@@ -52,6 +62,69 @@ def test_attention_of_shorter_sequences_costs_less() -> None:
     per_token = throughput.train_flops_per_token(GPT_J_6B, 512)
     whole = throughput.train_flops_per_token(GPT_J_6B)
     assert whole - per_token == 12 * 28 * 4096 * (2048 - 512)
+
+
+def operations_of_products(jaxpr: Any) -> int:
+    """Count two operations for each multiplication in the matrix products of a program."""
+    total = 0
+    for step in jaxpr.eqns:
+        if step.primitive.name == "dot_general":
+            (contracted, _), _ = step.params["dimension_numbers"]
+            left, result = step.invars[0].aval.shape, step.outvars[0].aval.shape
+            total += 2 * math.prod(result) * math.prod(left[axis] for axis in contracted)
+            continue
+        inner = sum(
+            operations_of_products(getattr(part, "jaxpr", part))
+            for value in step.params.values()
+            for part in (value if isinstance(value, (tuple, list)) else [value])
+            if hasattr(getattr(part, "jaxpr", part), "eqns")
+        )
+        assert step.primitive.name not in ("while", "cond") or not inner
+        total += inner * (step.params["length"] if step.primitive.name == "scan" else 1)
+    return total
+
+
+@pytest.mark.parametrize("variant", ["", *small.VARIANTS])
+def test_what_a_model_costs_is_what_its_program_multiplies(variant: str) -> None:
+    """Forward and backward, nothing recomputed; the program masks a window, which costs it all."""
+    keys = {"layers": 3, "d_head": 8, "d_ff": 24, "remat": "none"}
+    model = small.parsed(**{**small.VARIANTS.get(variant, {}), **keys}).model
+    tokens_BT = small.tokens(2, model.seq)
+    positions_BT = jnp.arange(model.seq)[None]
+
+    def loss(params: Any) -> jax.Array:
+        seen, _ = make_model(model).apply(params, tokens_BT, positions_BT, targets_BT=tokens_BT)
+        return seen.loss_BT.sum()
+
+    params = jax.eval_shape(make_model(model).init, jax.random.key(0))
+    program = jax.make_jaxpr(jax.grad(loss))(params)
+    whole = dataclasses.replace(model, window=0)
+    expected = throughput.train_flops_per_token(whole) * tokens_BT.size
+    if model.head_qk_trick:  # rows of zeros and a one look up, and are no arithmetic of the model's
+        expected += 4 * model.seq * model.n_vocab * tokens_BT.size
+    assert operations_of_products(program.jaxpr) == expected
+
+
+def test_a_window_costs_what_its_layers_see() -> None:
+    model = dataclasses.replace(GPT_J_6B, layers=5, window=100, window_every=2)
+    whole, local = (
+        throughput.train_flops_per_token(dataclasses.replace(model, window=window, window_every=1))
+        for window in (0, 100)
+    )
+    of_attention = 12 * 16 * 256
+    assert whole - local == of_attention * 5 * (2048 - 100)
+    assert whole - throughput.train_flops_per_token(model) == of_attention * 2 * (2048 - 100)
+    wide = dataclasses.replace(model, window=5000)
+    assert throughput.train_flops_per_token(wide) == whole
+
+
+def test_a_published_llama_costs_what_its_shape_says() -> None:
+    """Llama-3.2-1B: 1,235,814,400 parameters, all but 33 norms, the head being the embeddings."""
+    model = ModelConfig(
+        layers=16, d_model=2048, n_heads=32, n_kv_heads=8, d_ff=8192, n_vocab=128256, seq=2048,
+        gated=True, tie_embeddings=True, pe="rotary-half",
+    )  # fmt: skip
+    assert throughput.matmul_parameters(model) == 1_235_814_400 - 33 * 2048
 
 
 def test_mfu_is_the_share_of_the_peak_and_unknown_without_one() -> None:

@@ -27,12 +27,15 @@ class Row(NamedTuple):
             of keys and of values, one beside the other along the features that they make.
         transposed: Whether theirs is `[n_out, n_in]`, as PyTorch's linear layers are.
         by_head: Of three in one: whether each head's three stand together.
+        pairs: Of queries and keys: whether the features that are turned together are neighbours,
+            where ours, of "rotary-half", are half a head apart.
     """
 
     theirs: str
     ours: str
     transposed: bool = False
     by_head: bool = False
+    pairs: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:

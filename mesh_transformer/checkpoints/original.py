@@ -134,19 +134,19 @@ class Original:
         check_computed(model)
         self.n_shards = count_shards(folder)
         self._members = [self._open(shard) for shard in range(self.n_shards)]
-        n_found = len(self._members[0])
         weights, full = leaves(model, moments=False), leaves(model, moments=True)
-        self._leaves = full if n_found == len(full) else weights
+        self._leaves = full if (n_found := len(self._members[0])) == len(full) else weights
         if n_found != len(self._leaves):
             raise CheckpointError(_wrong_number(folder, n_found, model))
         with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
             # Of shard 0; what others say is looked at as it is read.
             found = list(pool.map(npz.describe, self._members[0]))
-        problems = self._misfits(found, model)
-        if problems:
+        if problems := self._misfits(found, model):
             heading = f"{folder} does not fit the configuration:"
             raise CheckpointError("\n  - ".join([heading, *problems]))
         self._at = {leaf.key: i for i, leaf in enumerate(self._leaves) if leaf.key}
+        spare = [i for i, leaf in enumerate(self._leaves) if leaf.role and not leaf.key]
+        self.unused = [members[i] for members in self._members for i in spare]
         self.arrays: Mapping[Key, Array] = {
             key: Array(self._leaves[i].shape, found[i].dtype) for key, i in self._at.items()
         }

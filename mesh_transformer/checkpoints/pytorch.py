@@ -64,8 +64,12 @@ class Mapped(NamedTuple):
         return tensor.numpy().copy()
 
 
-def read_header(path: str) -> dict[str, Mapped]:
+def read_header(path: str, *, inside: str = "") -> dict[str, Mapped]:
     """List what is in a file.
+
+    Args:
+        inside: The weights may also be below this name, beside other things; entries without a
+            value, as tied weights have them, are left out then.
 
     Raises:
         CheckpointError: It cannot be read; there is no PyTorch here, or it is not a local file.
@@ -84,6 +88,10 @@ def read_header(path: str) -> dict[str, Mapped]:
         raise CheckpointError(
             f"{path} is damaged, or no file of weights alone: {reason(error)}"
         ) from error
+    if inside and isinstance(tensors, dict):
+        tensors = tensors.get(inside, tensors)
+        if isinstance(tensors, dict):
+            tensors = {name: it for name, it in tensors.items() if it is not None}
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise CheckpointError(f"{path} holds something else than named tensors")
     return {name: Mapped(path, name, tensor) for name, tensor in tensors.items()}

@@ -45,11 +45,13 @@ class Piece:
         text: The text, never empty.
         place: The file and the line where it begins, for messages.
         ends: Whether the document ends here.
+        begins: Whether it begins here.
     """
 
     text: str
     place: str
     ends: bool
+    begins: bool = True
 
 
 def find_files(path: Path) -> list[Path]:
@@ -98,8 +100,11 @@ def read(
                 advance(len(block))
                 yield block
 
+    begins = True
     for texts, place, line in _texts(blocks(), str(path), path.name):
-        yield from _pieces(texts, separator, longest, place, line)
+        for piece in _pieces(texts, separator, longest, place, line):
+            yield dataclasses.replace(piece, begins=begins)
+            begins = piece.ends
 
 
 _Texts = Iterator[tuple[Iterable[str], str, int]]

@@ -28,6 +28,7 @@ from mesh_transformer.model.layers import (
     plus,
 )
 from mesh_transformer.model.mixing import static_sgu
+from mesh_transformer.model.mup import ff_out_spread
 from mesh_transformer.model.positions import Positions, rotate
 from mesh_transformer.sharding import columns, rows, shard
 
@@ -133,6 +134,7 @@ class FeedForward(NamedTuple):
     @staticmethod
     def of(config: ModelConfig) -> FeedForward:
         read, write = _stddevs(config)
+        write *= ff_out_spread(config)
         d_model, d_ff = config.d_model, config.d_ff
         with hk.name_scope("ff"):
             up = Matrix(d_model, d_ff, read, name="in")

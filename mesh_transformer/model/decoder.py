@@ -80,7 +80,7 @@ class Decoder(hk.Module):
             pointers, cache = point(x_BTD, tokens_BT, positions_BT, cache)
 
         def predict(x_BTD: jax.Array, head: Head, pointers: Pointers | None) -> jax.Array:
-            logits_BTV = logits(x_BTD, head)
+            logits_BTV = logits(x_BTD, head, cfg.output_scale)
             return logits_BTV if pointers is None else copied(logits_BTV, pointers, x_BTD.dtype)
 
         if targets_BT is None:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.model.mup import head_spread
 from mesh_transformer.sharding import columns, lookup, shard
 
 PRODUCT = "product"
@@ -158,7 +159,8 @@ class Unembed(hk.Module):
         if cfg.tie_embeddings:
             w_EV = shard(table_VE.T, "EV")
         else:
-            init = hk.initializers.TruncatedNormal(stddev=cfg.d_model**-0.5)
+            stddev = cfg.d_model**-0.5 * head_spread(cfg)
+            init = hk.initializers.TruncatedNormal(stddev=stddev)
             w_EV = hk.get_parameter("w", [cfg.d_embed, cfg.n_vocab], init=init)
         if cfg.head_bias:
             b_V = hk.get_parameter("b", [cfg.n_vocab], init=jnp.zeros)
@@ -169,11 +171,13 @@ class Unembed(hk.Module):
         return Head(w_EV, b_V, project_DE)
 
 
-def logits(x_BTD: jax.Array, head: Head) -> jax.Array:
-    """Return float32 logits, split over `mp` by V."""
+def logits(x_BTD: jax.Array, head: Head, scale: float = 1.0) -> jax.Array:
+    """Return float32 logits, `scale` times the products plus the bias, split over `mp` by V."""
     if head.project_DE is not None:
         x_BTD = x_BTD @ head.project_DE
     (logits_BTV,) = columns(x_BTD, (head.w_EV, "DV"), dtype=jnp.float32)
+    if scale != 1:
+        logits_BTV = logits_BTV * scale
     if head.b_V is not None:
         logits_BTV = logits_BTV + head.b_V.astype(jnp.float32)
     return shard(logits_BTV, "BTV")

@@ -216,14 +216,13 @@ class Cluster:
             raise UserError(
                 f"model_dir {root} is not one folder for all hosts: what {self._names[0]} writes "
                 f"there is not seen by {', '.join(blind)}, so that no checkpoint would be whole; "
-                "set it to the whole path of a folder that all machines share, or to a gs:// or "
-                "s3:// URL"
+                "set it to the whole path of a folder that all machines share, or to a gs:// URL"
             )
         if alone:
             raise UserError(
                 f"model_dir {root} is another folder here than on {self._names[0]}, where "
                 "checkpoints would go and may be lost with the machine; set it to a folder that "
-                "all machines share, or to a gs:// or s3:// URL"
+                "all machines share, or to a gs:// URL"
             )
 
     def _all(self, method: str, *args: Any) -> list[Any]:

@@ -21,6 +21,7 @@ from mesh_transformer.checkpoints.fitting import fitted
 from mesh_transformer.checkpoints.source import MU, NU, PARAMS, Source
 from mesh_transformer.config import Config
 from mesh_transformer.model.sampling import Choice
+from mesh_transformer.network_rules import MUP
 from mesh_transformer.pod import checks
 from mesh_transformer.session import Evaluation, Generation, Metrics, Position, Restored, Sampling
 from mesh_transformer.sharding import COMPUTE, fetch, make_mesh, spec
@@ -32,8 +33,11 @@ _SMALLEST_BUCKET = 64  # positions; one compiled decoder serves all prompts of a
 
 # What may differ between a checkpoint and the configuration that reads it: how the model is
 # computed, trained and sampled. All else says which function the weights are the weights of.
-_FREE = {"seq", "n_tokens", "compute_dtype", "remat", "unroll", "attention", "z_loss"}
+_FREE = {"seq", "n_tokens", "compute_dtype", "remat", "unroll", "attention", "z_loss", *MUP}
 _FREE |= {"dropout_embedding", "dropout_attention", "dropout_residual"}
+
+# Of a checkpoint that is older than the key.
+_BEFORE = {"output_scale": 1.0}
 
 _logger = logging.getLogger(__name__)
 
@@ -318,7 +322,7 @@ class Worker:
         self, stored: Mapping[str, Any], where: str, free: Collection[str] = _FREE
     ) -> None:
         """Refuse weights of another function: of other shapes, or of the same by chance."""
-        model = dataclasses.asdict(self.config.model)
+        model, stored = dataclasses.asdict(self.config.model), {**_BEFORE, **stored}
         problems = [
             f"{key} is {stored[key]!r} there, {value!r} in the configuration"
             for key, value in model.items()

@@ -76,17 +76,21 @@ def continuation(
 ) -> Iterator[str]:
     """Yield the text that follows a prompt, in pieces that never break a character.
 
-    An empty prompt continues the end of a text, as a new document begins. A prompt that leaves no
-    room for the new tokens loses its beginning, with a warning.
+    A prompt begins as the tokenizer begins a document; where it does not, an empty one continues
+    the end of a text, as a new document would. A prompt that leaves no room for the new tokens
+    loses its beginning, with a warning.
 
     Raises:
         UserError: `checked_length` refuses the number of new tokens.
     """
     room = seq - checked_length(max_new_tokens, seq)
-    ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
-    if len(ids) > room:
-        _logger.warning("the prompt has %d tokens; only its last %d are used", len(ids), room)
-        ids = ids[-room:]
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = tokenizer.encode(prompt)
+    if len(begin + ids) > room:
+        n_used = room - len(begin)
+        _logger.warning("the prompt has %d tokens; only its last %d are used", len(ids), n_used)
+        ids = ids[len(ids) - n_used :]
+    ids = begin + ids or [tokenizer.eot_id]
     text = TextStream(tokenizer)
     for piece in model.stream([ids], sampling, max_new_tokens, every=_TOKENS_AT_ONCE):
         yield "".join(map(text.push, piece.tokens[0]))
