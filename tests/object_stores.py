@@ -1,7 +1,8 @@
 """Servers with the APIs of S3 (moto) and of Google Cloud Storage (gcp-storage-emulator).
 
 Each runs in a process of its own, behind a gateway in this one: it notes every request, and can
-refuse them all, as a store does whose user has no rights.
+refuse them all, as a store does whose user has no rights. To what Google's emulator answers it adds
+one header, see `_Handler._generation`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import http.client
 import http.server
 import importlib.util
+import json
 import pathlib
 import socket
 import subprocess
@@ -175,11 +177,23 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             upstream.endheaders(body)
             answer = upstream.getresponse()
             content, headers = answer.read(), answer.getheaders()
+            if answer.status in (200, 206) and "alt=media" in self.path:
+                headers.append(("x-goog-generation", self._generation()))
         asked_for = self.headers.get("Range") or ""
         self.server.requests.append(
             Request(self.command, self.path, asked_for, len(body), len(content))
         )
         self._answer(answer.status, headers, content)
+
+    def _generation(self) -> str:
+        """Ask which version of an object its content is of.
+
+        Google's store says so beside the content, and TensorStore builds on it; the emulator knows
+        it, but says so in the object's description alone.
+        """
+        path = self.path.removeprefix("/download").partition("?")[0]
+        status, about = asked(self.server.port, "GET", path)
+        return str(json.loads(about)["generation"]) if status == 200 else "0"
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
