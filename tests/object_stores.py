@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LIMIT = 60.0
 """Seconds that a server is given to start: many times what one takes on a slow machine."""
@@ -79,7 +79,7 @@ def environment(gateways: Mapping[str, Gateway]) -> dict[str, str]:
 
     Google's client and gcsfs know the first, TensorStore the next two, gcsfs the fourth.
     """
-    found = {}
+    found: dict[str, str] = {}
     if "gs" in gateways:
         found |= {
             "STORAGE_EMULATOR_HOST": gateways["gs"].url,
@@ -140,7 +140,7 @@ class Gateway(http.server.ThreadingHTTPServer):
         # The emulator of Google's answers one at a time, and lets few others wait.
         self.few = threading.Semaphore(4)
 
-    def handle_error(self, request: object, client_address: object) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of clients that do not wait for the end of an answer."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)

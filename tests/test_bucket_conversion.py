@@ -20,7 +20,13 @@ from mesh_transformer.checkpoints.source import PARAMS, Key, Source
 from mesh_transformer.errors import UserError
 
 CONFIG = small.parsed()
-KINDS = [("gs", "native"), ("gs", "original"), ("gs", "hf"), ("s3", "slim"), ("s3", "hf")]
+KINDS = [
+    pytest.param("gs", "native", marks=pytest.mark.slow),
+    pytest.param("gs", "original", marks=pytest.mark.slow),
+    ("gs", "hf"),
+    ("s3", "slim"),
+    ("s3", "hf"),
+]
 
 
 def made(seed: int = 0) -> memory_source.MemorySource:
