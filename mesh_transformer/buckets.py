@@ -31,6 +31,7 @@ _MAKE = {
 _PART_BYTES = 32 * 2**20
 """Of an upload: what is held of a file that is being written. S3 takes 10,000 parts: 335 GB."""
 
+_AT_A_TIME = 2**22  # bytes of an answer, which urllib3 holds once more
 _NOT_FOUND, _NOT_IN_RANGE = 404, 416
 
 T = TypeVar("T")
@@ -275,7 +276,7 @@ class _S3Store:
         with contextlib.closing(
             self.client.get_object(Bucket=bucket, Key=key, Range=wanted)["Body"]
         ) as body:
-            while done < len(buffer) and (n := body.readinto(buffer[done:])):
+            while n := body.readinto(buffer[done : done + _AT_A_TIME]):
                 done += n
         return done
 

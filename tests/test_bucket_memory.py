@@ -13,7 +13,7 @@ from processes import ended
 
 from mesh_transformer import storage
 
-# A file of 4 arrays of 96 MiB each. A process's peak is reset by writing to clear_refs: see proc(5).
+# A file of 4 arrays of 96 MiB. Writing to clear_refs resets a process's peak: see proc(5).
 PROGRAM = """
     import pathlib, re, sys
     import numpy as np
