@@ -14,6 +14,7 @@ import http.server
 import importlib.util
 import json
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -139,6 +140,15 @@ class Gateway(http.server.ThreadingHTTPServer):
         self.refuses = False
         # The emulator of Google's answers one at a time, and lets few others wait.
         self.few = threading.Semaphore(4)
+
+    def fetched(self) -> list[Request]:
+        """Return the requests for contents of files; clients also ask for other things unasked."""
+        return [
+            request
+            for request in self.requests
+            if request.method == "GET"
+            and ("alt=media" in request.path or re.match("/bucket/[^?]", request.path))
+        ]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of clients that do not wait for the end of an answer."""

@@ -174,7 +174,7 @@ def test_arrays_are_streamed_by_ranges(remote: str, store: Gateway, format: str)
     there = opening.open_source(opening.find(folder), CONFIG.model)
     store.requests.clear()
     assert_same_weights(there, source)
-    fetched = [request for request in store.requests if request.received]
+    fetched = store.fetched()
     assert fetched and all(request.range for request in fetched)
     assert max(request.received for request in fetched) < n_bytes / 2
     assert sum(request.received for request in fetched) < 1.5 * n_bytes
