@@ -116,6 +116,8 @@ def convert(
         model = dataclasses.replace(config.model, n_vocab=what.n_vocab)
         config = dataclasses.replace(config, model=model)
         source = WithVocabulary(source, what.n_vocab)
+    if what.format == "hf":
+        _check_padding(what, config)
     _check_apart(output, source)
     source, model = fitted(source, config.model), config.model
     dtype, moments, total = plan(source, what)
@@ -259,6 +261,21 @@ def _told_by_name(folder: str) -> Iterator[None]:
         if not any(os.strerror(number) in str(error) for number in _NO_ROOM):
             raise
         raise CheckpointError(f"{folder} cannot be written ({error}): {_FULL}") from error
+
+
+def _check_padding(what: Conversion, config: Config) -> None:
+    """Refuse to give rows that pad a vocabulary a probability, unless they are asked for."""
+    model = config.model
+    if model.head_bias or model.n_tokens >= model.n_vocab:
+        return
+    rows = f"rows {model.n_tokens} to {model.n_vocab - 1} of the vocabulary are padding (n_tokens)"
+    effect = "which transformers cannot know: they have logit 0 there and so a probability"
+    if what.n_vocab is None:
+        raise CheckpointError(
+            f"{rows}, {effect}; cut them off with --n-vocab {model.n_tokens}, or keep them with "
+            f"--n-vocab {model.n_vocab}"
+        )
+    _logger.warning("%s, %s", rows, effect)
 
 
 def _check_shards(what: Conversion, config: Config) -> None:
