@@ -117,7 +117,7 @@ def test_yarn_and_linear_positions_are_read(tmp_path: pathlib.Path) -> None:
         ("linear", {"factor": 4.0}),
         ("yarn", {"factor": 4.0, "original_max_position_embeddings": 6}),
     ):
-        changed = {**scaling, "llama.rope.scaling.type": kind}
+        changed: dict[str, Any] = {**scaling, "llama.rope.scaling.type": kind}
         path, _ = write(tmp_path / "model.gguf", "llama", **changed)
         known = opened(path).known
         assert (known["pe_scaling"], known["pe_scaling_factors"]) == (kind, factors)
