@@ -33,12 +33,13 @@ ROWS: tuple[tuple[str, ...], ...] = (
         "checkpoints checkpoints.fingerprint checkpoints.retention checkpoints.layout"
         " checkpoints.reading checkpoints.native checkpoints.source checkpoints.pieces"
         " checkpoints.native_source checkpoints.fitting checkpoints.native_writer"
-        " checkpoints.roles checkpoints.npz checkpoints.original checkpoints.fused"
-        " checkpoints.safetensors checkpoints.pytorch checkpoints.family checkpoints.family_keys"
-        " checkpoints.gpt_families checkpoints.llama_families checkpoints.families"
-        " checkpoints.tensors checkpoints.named checkpoints.huggingface checkpoints.flax_files"
-        " checkpoints.jaxseq checkpoints.zero_transformer checkpoints.gguf_files"
-        " checkpoints.cerebras checkpoints.placing checkpoints.opening checkpoints.conversion",
+        " checkpoints.roles checkpoints.npz checkpoints.original checkpoints.original_writer"
+        " checkpoints.fused checkpoints.safetensors checkpoints.pytorch checkpoints.family"
+        " checkpoints.family_keys checkpoints.gpt_families checkpoints.llama_families"
+        " checkpoints.families checkpoints.tensors checkpoints.named checkpoints.huggingface"
+        " checkpoints.flax_files checkpoints.jaxseq checkpoints.zero_transformer"
+        " checkpoints.gguf_files checkpoints.cerebras checkpoints.placing checkpoints.opening"
+        " checkpoints.conversion",
         "data data.cleaning data.framing data.documents data.tokenizer data.tokenizer_files"
         " data.packing data.dataset data.tfrecord data.jsonl data.webdataset data.encoding"
         " data.batches data.prepare",
@@ -60,8 +61,7 @@ OWNERS = {
     "google.cloud.tpu": {"pod.tpu_api"},
     "google.cloud.storage": {"storage"},
     "lm_eval": {"harness"},
-    "tensorboard": {"trackers"},
-    "wandb": {"trackers"},
+    **dict.fromkeys(("tensorboard", "wandb"), {"trackers"}),
     **{"torch": {"checkpoints.pytorch"}, "gguf": {"checkpoints.gguf_files"}, "transformers": set()},
 }
 

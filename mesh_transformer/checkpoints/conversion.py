@@ -14,7 +14,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mesh_transformer import network_rules, storage
-from mesh_transformer.checkpoints import huggingface, native_writer, opening, original
+from mesh_transformer.checkpoints import (
+    huggingface,
+    native_writer,
+    opening,
+    original,
+    original_writer,
+)
 from mesh_transformer.checkpoints.fitting import WithVocabulary, fitted, n_bytes, weights_dtype
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.npz import BFLOAT16
@@ -138,7 +144,7 @@ def convert(
             write_tokenizer(folder)
         else:
             shared: Any = {"n_shards": what.n_shards, "dtype": dtype, "moments": moments}
-            original.write(folder, source, model, advance=advance, **shared)
+            original_writer.write(folder, source, model, advance=advance, **shared)
 
 
 def _check_apart(output: str, source: Source) -> None:
