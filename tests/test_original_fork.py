@@ -151,7 +151,7 @@ def test_another_model_s_configuration_is_refused(tmp_path: Path) -> None:
         opening.open_source(found, gated)
     assert str(error.value).splitlines() == [
         "mesh-transformer-jax has no checkpoints of such a model:",
-        "  - gated is True, False in mesh-transformer-jax",
+        "  - gated is true, false in mesh-transformer-jax",
     ]
 
 
