@@ -32,7 +32,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
     (
         "checkpoints checkpoints.fingerprint checkpoints.retention checkpoints.layout"
         " checkpoints.reading checkpoints.native checkpoints.source checkpoints.pieces"
-        " checkpoints.native_source checkpoints.fitting checkpoints.native_writer"
+        " checkpoints.native_source checkpoints.fitting checkpoints.deepening"
+        " checkpoints.averaging checkpoints.native_writer"
         " checkpoints.roles checkpoints.npz checkpoints.original checkpoints.fused"
         " checkpoints.safetensors checkpoints.pytorch checkpoints.family checkpoints.family_keys"
         " checkpoints.gpt_families checkpoints.llama_families checkpoints.families"

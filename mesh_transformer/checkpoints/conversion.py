@@ -116,7 +116,7 @@ def convert(
         model = dataclasses.replace(config.model, n_vocab=what.n_vocab)
         config = dataclasses.replace(config, model=model)
         source = WithVocabulary(source, what.n_vocab)
-    _check_apart(output, source)
+    check_apart(output, source)
     source, model = fitted(source, config.model), config.model
     dtype, moments, total = plan(source, what)
     _check_shards(what, config)
@@ -139,8 +139,12 @@ def convert(
             original.write(folder, source, model, advance=advance, **shared)
 
 
-def _check_apart(output: str, source: Source) -> None:
-    """Refuse to write where the checkpoint lies that is read."""
+def check_apart(output: str, source: Source) -> None:
+    """Refuse to write where the checkpoint lies that is read.
+
+    Raises:
+        CheckpointError: Says so.
+    """
     if storage.is_remote(output) or storage.is_remote(source.where):
         return
     written, read = (os.path.realpath(path) for path in (output, source.where))
