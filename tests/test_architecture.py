@@ -32,13 +32,12 @@ ROWS: tuple[tuple[str, ...], ...] = (
     (
         "checkpoints checkpoints.fingerprint checkpoints.retention checkpoints.layout"
         " checkpoints.reading checkpoints.native checkpoints.source checkpoints.pieces"
-        " checkpoints.native_source checkpoints.fitting checkpoints.deepening"
-        " checkpoints.averaging checkpoints.native_writer"
+        " checkpoints.native_source checkpoints.fitting checkpoints.native_writer"
         " checkpoints.roles checkpoints.npz checkpoints.original checkpoints.fused"
         " checkpoints.safetensors checkpoints.pytorch checkpoints.family checkpoints.family_keys"
         " checkpoints.gpt_families checkpoints.llama_families checkpoints.families"
         " checkpoints.tensors checkpoints.huggingface checkpoints.placing checkpoints.opening"
-        " checkpoints.conversion",
+        " checkpoints.conversion checkpoints.averaging checkpoints.deepening",
         "data data.cleaning data.framing data.documents data.tokenizer data.tokenizer_files"
         " data.packing data.dataset data.tfrecord data.jsonl data.webdataset data.encoding"
         " data.batches data.prepare",
