@@ -31,7 +31,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
         " checkpoints.tensors checkpoints.named checkpoints.huggingface checkpoints.flax_files"
         " checkpoints.jaxseq checkpoints.zero_transformer checkpoints.gguf_files"
         " checkpoints.cerebras checkpoints.placing checkpoints.opening checkpoints.places"
-        " checkpoints.conversion",
+        " checkpoints.conversion checkpoints.averaging checkpoints.deepening",
         "data data.cleaning data.framing data.documents data.tokenizer data.tokenizer_files"
         " data.packing data.dataset data.tfrecord data.jsonl data.webdataset data.encoding"
         " data.batches data.prepare",
