@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_families import PUBLISHED, published
+from published import published
 
 from mesh_transformer.checkpoints.families import config_json, config_keys
 from mesh_transformer.checkpoints.layout import CheckpointError
@@ -60,7 +60,7 @@ def test_settings_that_change_nothing_are_read() -> None:
         (QWEN, {"head_dim": None}),
         (GEMMA, {"use_bidirectional_attention": False}),
         (GEMMA, {"use_bidirectional_attention": None}),
-        *((it, {"layer_types": ["full_attention"] * PUBLISHED[it]["config"]["num_hidden_layers"]})
+        *((it, {"layer_types": ["full_attention"] * published(it)["num_hidden_layers"]})
           for it in (LLAMA, QWEN, GEMMA)),
     ]  # fmt: skip
     for name, harmless in settings:
