@@ -67,7 +67,9 @@ def run_of(folder: str, output: Path, *, cores: int, steps: int, seq: int) -> co
 
 
 def make_data(run: config.Config, library: Path, output: Path) -> None:
-    """Cut the modules of a library into ids of the model's own tokenizer."""
+    """Cut the modules of a library into ids of the model's own tokenizer, if that is not done."""
+    if (output / "data" / "val.index").exists():
+        return
     quickstart_data.write_split(library, output / "texts")
     for side in ("train", "val"):
         where = ("--output-dir", str(output / "data"), "--tokenizer", run.data.tokenizer)
@@ -136,7 +138,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     peer = load(args.folder, dtype=torch.float32).eval()
     batch = next(iter(loop.Data(run, args.cores).validation["val"]))[0][:, :-1]
     apart = largest_difference(worker, peer, batch)
+    print(f"mesh 1x{args.cores}, {worker.n_parameters:,} parameters")
+    print(f"largest difference of logits: {apart:.1e}", flush=True)
     n_same = same_continuations(worker, peer, args.folder)
+    print(f"equal greedy continuations: {n_same} of {len(PROMPTS)}", flush=True)
     before = loss_of(worker, run)
 
     (args.output / "run.json").write_text(json.dumps(run.to_flat()))
@@ -149,11 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     losses = [before, *(line["val/loss_val"] for line in lines if "val/loss_val" in line)]
     worker.load_weights(tuned)
     apart_again = largest_difference(worker, load(written, dtype=torch.float32).eval(), batch)
-
-    print(f"mesh 1x{args.cores}, {worker.n_parameters:,} parameters")
-    print(f"largest difference of logits: {apart:.1e}; tuned and written: {apart_again:.1e}")
-    print(f"equal greedy continuations: {n_same} of {len(PROMPTS)}")
     print("validation loss:", " ".join(f"{loss:.3f}" for loss in losses))
+    print(f"largest difference of logits, tuned and written: {apart_again:.1e}")
     falls = all(later < earlier for earlier, later in itertools.pairwise(losses))
     if max(apart, apart_again) > TOLERANCE or n_same < len(PROMPTS) or not falls:
         sys.exit("this is not as it should be")

@@ -31,6 +31,7 @@ _MAKE = {
 _PART_BYTES = 32 * 2**20
 """Of an upload: what is held of a file that is being written. S3 takes 10,000 parts: 335 GB."""
 
+_AT_A_TIME = 2**22  # bytes of an answer, which urllib3 holds once more
 _NOT_FOUND, _NOT_IN_RANGE = 404, 416
 
 T = TypeVar("T")
@@ -60,14 +61,14 @@ def open(path: str, mode: str, encoding: str | None) -> IO[Any]:
         )
     if encoding and mode[0] == "r":
         opened = io.TextIOWrapper(opened, encoding)
-    stream: Any = _Stream(path, opened, encoding)
-    return stream  # type: ignore[no-any-return]
+    stream: Any = _Stream(path, opened, encoding or "")
+    return stream
 
 
 class _Stream:
     """A remote file that is open: what is written is passed on in parts, and errors are told."""
 
-    def __init__(self, path: str, file: Any, encoding: str | None) -> None:
+    def __init__(self, path: str, file: Any, encoding: str) -> None:
         self._path, self._file, self._encoding = path, file, encoding
         self.read = self._told(file.read)
         self.readline = self._told(file.readline)
@@ -275,7 +276,7 @@ class _S3Store:
         with contextlib.closing(
             self.client.get_object(Bucket=bucket, Key=key, Range=wanted)["Body"]
         ) as body:
-            while done < len(buffer) and (n := body.readinto(buffer[done:])):
+            while n := body.readinto(buffer[done : done + _AT_A_TIME]):
                 done += n
         return done
 
@@ -333,11 +334,8 @@ def _named_errors(path: str) -> Iterator[None]:
             f"{path}: {scheme}:// needs a package that is not installed ({error}): "
             f'pip install "mesh-transformer[{EXTRAS[scheme]}]"'
         ) from error
-    except (*_store_errors(scheme), ValueError) as error:
-        told = isinstance(error, _store_errors(scheme)) or isinstance(
-            error.__cause__, _store_errors(scheme)
-        )
-        if not told or isinstance(error, io.UnsupportedOperation):
+    except Exception as error:
+        if not _is_of_store(scheme, error):
             raise
         if _status(error) != _NOT_FOUND:
             raise StorageError(
@@ -350,6 +348,14 @@ def _named_errors(path: str) -> Iterator[None]:
                 f"({_MAKE[scheme].format(bucket=bucket)})"
             ) from error
         raise FileNotFoundError(errno.ENOENT, "no such file", path) from error
+
+
+def _is_of_store(scheme: str, error: Exception) -> bool:
+    """Whether an error comes from the scheme's package; smart-open puts its own around some."""
+    errors = _store_errors(scheme)
+    around = isinstance(error, ValueError) and isinstance(error.__cause__, errors)
+    unsupported = isinstance(error, io.UnsupportedOperation)
+    return (isinstance(error, errors) or around) and not unsupported
 
 
 def _is_missing(scheme: str, bucket: str) -> bool:

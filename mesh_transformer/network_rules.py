@@ -118,6 +118,21 @@ def is_windowed(window: int, seq: int) -> bool:
     return 0 < window < seq
 
 
+FORK = {
+    key: theirs
+    for key, theirs in ORIGINAL.items()
+    if key not in ("final_norm", "window", "attention_scale", "activation", "d_embed")
+} | {
+    "residual": ("sequential", "parallel-untied", "post-norm"),
+    "norm": ("layernorm", "layernorm-nobias"),
+    "pe": ("rotary", "rotary-half", "fixed", "sinusoidal", "alibi"),
+    **dict.fromkeys(("qkv_bias", "o_bias", "tie_embeddings", "embed_norm"), (False, True)),
+    "embed_bias": (False,),
+    "head_bias": (False,),
+}
+"""What the KoboldAI fork computes for `compat` neo, opt, neox and bloom."""
+
+
 def unlike(theirs: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
     """Say of each key of a model what `ORIGINAL` or `FUSED` has instead of its value."""
     problems = []

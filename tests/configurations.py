@@ -128,7 +128,7 @@ OF_THE_MODEL: list[tuple[dict, str]] = [
         "0.5; leave it out and set mup_output_alpha",
     ),
     (
-        {"mup_attention_alpha": 4},
+        {"mup_attention_alpha": 4.0},
         "mup_attention_alpha 4.0 is of muP, and there is no mup_base_d_model; give one, or set "
         "attention_scale",
     ),

@@ -68,12 +68,17 @@ def converted(kind: str, held: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             heads = config["num_attention_heads" if theirs == "attn_q" else "num_key_value_heads"]
             value = neighbours(value, heads)
         if theirs == "attn_qkv" and kind != "gpt2":
-            heads = config.get("num_attention_heads", config.get("n_head"))
+            heads = heads_of(config)
             value = side_by_side(value, heads)
         if kind == "gpt2" and theirs.startswith(("attn_qkv", "attn_out", "ffn_up", "ffn_down")):
             value = value.T
         made[f"blk.{layer[1]}.{theirs}.{leaf}" if layer else f"{theirs}.{leaf}"] = value
     return made
+
+
+def heads_of(config: dict[str, Any]) -> int:
+    n_heads: int = config["n_head" if "n_head" in config else "num_attention_heads"]
+    return n_heads
 
 
 def neighbours(value: np.ndarray, heads: int) -> np.ndarray:
@@ -91,18 +96,17 @@ def side_by_side(value: np.ndarray, heads: int) -> np.ndarray:
 def metadata(kind: str) -> dict[str, Any]:
     """Describe a model as the conversion does."""
     architecture, config = kind.partition(",")[0], CONFIGS[kind]
-    heads = config.get("num_attention_heads", config.get("n_head"))
-    layers = config.get("num_hidden_layers", config.get("n_layer"))
+    heads = heads_of(config)
     epsilon = (
         "layer_norm_rms_epsilon"
         if architecture in ("llama", "qwen2", "qwen3")
         else ("layer_norm_epsilon")
     )
-    width = config.get("hidden_size", config.get("n_embd"))
+    width: int = config["n_embd" if "n_embd" in config else "hidden_size"]
     about: dict[str, Any] = {
         "context_length": SEQ,
         "embedding_length": width,
-        "block_count": layers,
+        "block_count": config.get("num_hidden_layers", LAYERS),
         "feed_forward_length": config.get("intermediate_size", 4 * width),
         "attention.head_count": heads,
         f"attention.{epsilon}": config.get("rms_norm_eps", 1e-6 if "rms" in epsilon else 1e-5),

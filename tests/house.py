@@ -23,14 +23,15 @@ ROWS: tuple[tuple[str, ...], ...] = (
         "checkpoints checkpoints.fingerprint checkpoints.retention checkpoints.layout"
         " checkpoints.reading checkpoints.native checkpoints.source checkpoints.pieces"
         " checkpoints.native_source checkpoints.fitting checkpoints.native_writer"
-        " checkpoints.roles checkpoints.npz checkpoints.original checkpoints.original_run"
+        " checkpoints.roles checkpoints.npz checkpoints.original checkpoints.original_writer"
+        " checkpoints.original_run"
         " checkpoints.fused"
         " checkpoints.safetensors checkpoints.pytorch checkpoints.family checkpoints.family_keys"
         " checkpoints.gpt_families checkpoints.llama_families checkpoints.families"
         " checkpoints.tensors checkpoints.named checkpoints.huggingface checkpoints.flax_files"
         " checkpoints.jaxseq checkpoints.zero_transformer checkpoints.gguf_files"
         " checkpoints.cerebras checkpoints.placing checkpoints.opening checkpoints.places"
-        " checkpoints.conversion",
+        " checkpoints.conversion checkpoints.averaging checkpoints.deepening",
         "data data.cleaning data.framing data.documents data.tokenizer data.tokenizer_files"
         " data.packing data.dataset data.tfrecord data.jsonl data.webdataset data.encoding"
         " data.batches data.prepare",

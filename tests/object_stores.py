@@ -1,7 +1,8 @@
 """Servers with the APIs of S3 (moto) and of Google Cloud Storage (gcp-storage-emulator).
 
 Each runs in a process of its own, behind a gateway in this one: it notes every request, and can
-refuse them all, as a store does whose user has no rights.
+refuse them all, as a store does whose user has no rights. To what Google's emulator answers it adds
+one header, see `_Handler._generation`.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import dataclasses
 import http.client
 import http.server
 import importlib.util
+import json
 import pathlib
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LIMIT = 60.0
 """Seconds that a server is given to start: many times what one takes on a slow machine."""
@@ -77,7 +80,7 @@ def environment(gateways: Mapping[str, Gateway]) -> dict[str, str]:
 
     Google's client and gcsfs know the first, TensorStore the next two, gcsfs the fourth.
     """
-    found = {}
+    found: dict[str, str] = {}
     if "gs" in gateways:
         found |= {
             "STORAGE_EMULATOR_HOST": gateways["gs"].url,
@@ -138,7 +141,16 @@ class Gateway(http.server.ThreadingHTTPServer):
         # The emulator of Google's answers one at a time, and lets few others wait.
         self.few = threading.Semaphore(4)
 
-    def handle_error(self, request: object, client_address: object) -> None:
+    def fetched(self) -> list[Request]:
+        """Return the requests for contents of files; clients also ask for other things unasked."""
+        return [
+            request
+            for request in self.requests
+            if request.method == "GET"
+            and ("alt=media" in request.path or re.match("/bucket/[^?]", request.path))
+        ]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of clients that do not wait for the end of an answer."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
@@ -175,11 +187,23 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             upstream.endheaders(body)
             answer = upstream.getresponse()
             content, headers = answer.read(), answer.getheaders()
+            if answer.status in (200, 206) and "alt=media" in self.path:
+                headers.append(("x-goog-generation", self._generation()))
         asked_for = self.headers.get("Range") or ""
         self.server.requests.append(
             Request(self.command, self.path, asked_for, len(body), len(content))
         )
         self._answer(answer.status, headers, content)
+
+    def _generation(self) -> str:
+        """Ask which version of an object its content is of.
+
+        Google's store says so beside the content, and TensorStore builds on it; the emulator knows
+        it, but says so in the object's description alone.
+        """
+        path = self.path.removeprefix("/download").partition("?")[0]
+        status, about = asked(self.server.port, "GET", path)
+        return str(json.loads(about)["generation"]) if status == 200 else "0"
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":

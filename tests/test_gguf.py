@@ -91,7 +91,7 @@ def test_a_llama_becomes_the_hugging_face_folder_that_it_was(tmp_path: pathlib.P
 
 
 def test_what_a_file_says_that_is_not_computed_is_refused(tmp_path: pathlib.Path) -> None:
-    for changed, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"general.architecture": "falcon"}, "of the architecture 'falcon'; of GGUF files are re"),
         ({"llama.expert_count": 8}, "expert_count is 8; LLaMA in GGUF is computed with 0 here"),
         ({"llama.attention.sliding_window": 9}, "attention.sliding_window is 9; LLaMA in GGUF is"),
@@ -101,7 +101,8 @@ def test_what_a_file_says_that_is_not_computed_is_refused(tmp_path: pathlib.Path
         ({"llama.block_count": 3}, "blk.2.attn_norm.weight is missing"),
         ({"llama.feed_forward_length": 64}, r"ffn_gate.weight is \[96, 64\], \[64, 64\] by metad"),
         ({"split.count": 3}, "is one of 3 files of a model: make them one first, with llama-gguf"),
-    ):
+    ]
+    for changed, message in refused:
         path, _ = write(tmp_path / "model.gguf", "llama", **changed)
         with pytest.raises(CheckpointError, match=message):
             opened(path)
@@ -116,7 +117,7 @@ def test_yarn_and_linear_positions_are_read(tmp_path: pathlib.Path) -> None:
         ("linear", {"factor": 4.0}),
         ("yarn", {"factor": 4.0, "original_max_position_embeddings": 6}),
     ):
-        changed = {**scaling, "llama.rope.scaling.type": kind}
+        changed: dict[str, Any] = {**scaling, "llama.rope.scaling.type": kind}
         path, _ = write(tmp_path / "model.gguf", "llama", **changed)
         known = opened(path).known
         assert (known["pe_scaling"], known["pe_scaling_factors"]) == (kind, factors)

@@ -72,10 +72,11 @@ def llama_forward(held: dict[str, np.ndarray]) -> np.ndarray:
             (y @ held[f"{block}attention/{it}/kernel"]).reshape(2, SEQ, HEADS, -1)
             for it in ("wq", "wk", "wv")
         )
-        scores = np.einsum("bqhd,bkhd->bhqk", turned(q), turned(k)) / math.sqrt(D // HEADS)
+        q, k, v = (it.swapaxes(1, 2) for it in (turned(q), turned(k), v))
+        scores = q @ k.swapaxes(2, 3) / math.sqrt(D // HEADS)
         scores = np.where(np.tril(np.ones((SEQ, SEQ))), scores, -np.inf)
         shares = np.exp(scores - scores.max(-1, keepdims=True))
-        mixed = np.einsum("bhqk,bkhd->bqhd", shares / shares.sum(-1, keepdims=True), v)
+        mixed = ((shares / shares.sum(-1, keepdims=True)) @ v).swapaxes(1, 2)
         x = x + mixed.reshape(2, SEQ, D) @ held[f"{block}attention/wo/kernel"]
         y = normed(x, block + "ffn_norm")
         gate = y @ held[f"{block}feed_forward/w1/kernel"]
@@ -115,7 +116,7 @@ def test_its_llama_computes_the_same_here_and_as_a_hugging_face_folder(
         np.testing.assert_array_equal(again.read(key), source.read(key))
 
 
-def flax_names(held: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def flax_names(held: dict[str, Any]) -> dict[str, Any]:
     """Rename arrays of GPT-2, GPT-J or OPT as transformers' Flax classes have them."""
     made = {}
     for name, value in held.items():
@@ -151,7 +152,7 @@ def test_flax_s_names_hold_what_pytorch_s_do(kind: str, name: str, tmp_path: pat
     model = ModelConfig(**config_keys(config))
     listed = tensors(family, model)
     source = memory_source.of_model(model)
-    held = {}
+    held: dict[str, Any] = {}
     for tensor in listed:
         whole = np.empty(tensor.shape, np.float32)
         for key in tensor.keys:

@@ -178,7 +178,7 @@ def test_what_is_its_own_base_is_written_for_other_programs() -> None:
 
 def test_the_optimizer_s_state_has_the_tree_that_checkpoints_know() -> None:
     ours, theirs = (jax.tree.structure(small.steps(**keys).state) for keys in (BASE, {}))
-    assert ours == theirs
+    assert {ours} == {theirs}
     assert optax.tree.get(small.steps(**BASE).state.opt_state, "mu") is not None
 
 

@@ -21,7 +21,7 @@ import pytest
 import small
 
 from mesh_transformer import network_rules
-from mesh_transformer.checkpoints import npz, original
+from mesh_transformer.checkpoints import npz, original, original_writer
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.source import MU, NU, PARAMS, Key, Source
 from mesh_transformer.config import ModelConfig
@@ -36,7 +36,7 @@ def written(
     folder: Path, source: Source, model: ModelConfig, n_shards: int, dtype: Any = None
 ) -> Path:
     folder.mkdir(parents=True)
-    original.write(
+    original_writer.write(
         str(folder),
         source,
         model,

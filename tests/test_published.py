@@ -13,8 +13,9 @@ import pytest
 from configurations import CONFIGS
 from published import N_PARAMETERS, published
 
+import mesh_transformer
 from mesh_transformer import config as configuration
-from mesh_transformer.checkpoints.families import config_keys
+from mesh_transformer.checkpoints.families import FAMILIES, config_keys
 from mesh_transformer.pod.worker import Worker
 
 FILES = [path for path in CONFIGS if "residual" in json.loads(path.read_text())]
@@ -42,6 +43,14 @@ def stated(path: pathlib.Path) -> dict[str, Any]:
 
 def test_every_published_model_has_one_file() -> None:
     assert sorted(stated(path)["name"] for path in FILES) == sorted(N_PARAMETERS)
+
+
+def test_no_module_but_their_own_knows_one_family_from_another() -> None:
+    theirs = {"families.py", "gpt_families.py", "llama_families.py"}
+    named = re.compile("|".join(family.architecture for family in FAMILIES))
+    package = pathlib.Path(mesh_transformer.__file__).parent
+    found = {path.name for path in package.rglob("*.py") if named.search(path.read_text())}
+    assert found and found <= theirs
 
 
 @every_file

@@ -32,25 +32,26 @@ KINDS: dict[str, dict[str, Any]] = {
     "one norm a block": {"alibi": True, "biases": True, "fused": True},
     "a table of positions": {"biases": True, "table": True},
 }
-MODEL = ModelConfig(
+KEYS: dict[str, Any] = {
     **{"layers": LAYERS, "d_model": D, "n_heads": HEADS, "n_vocab": VOCAB, "seq": SEQ},
     **{"residual": "sequential", "norm": "layernorm-nobias", "norm_epsilon": 1e-6, "pe": "alibi"},
     **{"ff_bias": False, "embed_bias": False, "head_bias": False, "tie_embeddings": True},
-)
+}
+MODEL = ModelConfig(**KEYS)
 
 
 def model_of(
     alibi: bool = False, biases: bool = False, fused: bool = False, table: bool = False
 ) -> ModelConfig:
     """Return the configuration that docs/howto_convert_checkpoints.md gives for such a model."""
-    return dataclasses.replace(
-        MODEL,
-        pe="alibi" if alibi else "none",
-        norm="layernorm" if biases else "layernorm-nobias",
-        residual="parallel" if fused else "sequential",
+    changed: dict[str, Any] = {
+        "pe": "alibi" if alibi else "none",
+        "norm": "layernorm" if biases else "layernorm-nobias",
+        "residual": "parallel" if fused else "sequential",
         **dict.fromkeys(("qkv_bias", "o_bias", "ff_bias"), biases),
-        embed_bias=table,
-    )
+        "embed_bias": table,
+    }
+    return ModelConfig(**{**KEYS, **changed})
 
 
 def weights(
@@ -185,12 +186,12 @@ def test_the_export_to_pytorch_holds_the_same(kind: str, tmp_path: pathlib.Path)
     }
     state = {"wte.weight": held["wte/embedding"], "lm_head.weight": held["wte/embedding"]}
     for name, value in held.items():
-        *path, leaf = name.split("/")
+        *module, leaf = name.split("/")
         leaf = "bias" if leaf == "bias" else "weight"
-        if path[0].startswith("Transformer"):
-            number = path[0].rpartition("_")[2]
-            state[f"blocks.{number}.{names['/'.join(path[1:])]}.{leaf}"] = value.T
-        elif path[0] == "LayerNorm_0":
+        if module[0].startswith("Transformer"):
+            number = module[0].rpartition("_")[2]
+            state[f"blocks.{number}.{names['/'.join(module[1:])]}.{leaf}"] = value.T
+        elif module[0] == "LayerNorm_0":
             state[f"norm.{leaf}"] = value
     state["blocks.0.attn.mask"] = np.tril(np.ones((1, 1, SEQ, SEQ), np.uint8))
     state["blocks.0.attn.slopes"] = np.array(slopes(HEADS), np.float32)

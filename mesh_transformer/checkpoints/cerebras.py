@@ -150,7 +150,7 @@ _FAMILY = Family(
     rows=_rows(pairs=True),
     constants=r"ln_f\.(weight|bias)|.*\.(masked_bias|rotary_emb\.inv_freq)",
 )  # fmt: skip
-_AS_GPTJ = dataclasses.replace(_FAMILY, rows=_rows(pairs=False))
+_AS_GPTJ = dataclasses.replace(_FAMILY, ours={}, rows=_rows(pairs=False))
 
 
 def find(path: str) -> str | None:

@@ -15,6 +15,7 @@ from mesh_transformer.checkpoints import (
     native_writer,
     original,
     original_run,
+    original_writer,
     places,
     retention,
 )
@@ -113,6 +114,8 @@ def convert(
         source = WithVocabulary(source, what.n_vocab)
     if what.format == "native":
         retention.check_kept(output)
+    if what.format == "hf":
+        _check_padding(what, config)
     places.check_apart(output, source)
     source, model = fitted(source, config.model), config.model
     dtype, moments, total = plan(source, what)
@@ -134,9 +137,24 @@ def convert(
             write_tokenizer(folder)
         else:
             shared: Any = {"n_shards": what.n_shards, "dtype": dtype, "moments": moments}
-            original.write(folder, source, model, advance=advance, **shared)
+            original_writer.write(folder, source, model, advance=advance, **shared)
     if what.format in ("original", "slim"):
         original_run.enlist(output, source.step)
+
+
+def _check_padding(what: Conversion, config: Config) -> None:
+    """Refuse to give rows that pad a vocabulary a probability, unless they are asked for."""
+    model = config.model
+    if model.head_bias or model.n_tokens >= model.n_vocab:
+        return
+    rows = f"rows {model.n_tokens} to {model.n_vocab - 1} of the vocabulary are padding (n_tokens)"
+    effect = "which transformers cannot know: they have logit 0 there and so a probability"
+    if what.n_vocab is None:
+        raise CheckpointError(
+            f"{rows}, {effect}; cut them off with --n-vocab {model.n_tokens}, or keep them with "
+            f"--n-vocab {model.n_vocab}"
+        )
+    _logger.warning("%s, %s", rows, effect)
 
 
 def _check_shards(what: Conversion, config: Config) -> None:

@@ -25,9 +25,11 @@ FAMILIES = (GPTJ, GPT2, GPT_NEO, GPT_NEOX, OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QW
 
 _ALWAYS_SAME = {"quantization_config": None}
 
-# Keys of our configuration that say how a model is computed, trained and sampled, not which it is.
-_FREE = {"n_tokens", "compute_dtype", "remat", "unroll", "attention", "z_loss", *MUP}
-_FREE |= {"dropout_embedding", "dropout_attention", "dropout_residual"}
+FREE = {"n_tokens", "compute_dtype", "remat", "unroll", "attention", "z_loss", *MUP} | {
+    *("dropout_embedding", "dropout_attention", "dropout_residual"),
+}
+"""Keys of our configuration that say how a model is computed, trained and sampled, not which it is.
+"""
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
@@ -79,7 +81,7 @@ def keys_by(family: Family, config: Mapping[str, Any], where: str) -> dict[str, 
             keys = {
                 field.name: getattr(model, field.name)
                 for field in dataclasses.fields(model)
-                if field.name not in _FREE
+                if field.name not in FREE
             }
     if problems:
         heading = f"{where} describes a model that this library does not compute:"
@@ -179,7 +181,7 @@ def _meant(family: Family, model: ModelConfig, back: Json) -> dict[str, Any]:
     meant = dict(family.ours) | dict(back)
     for field in dataclasses.fields(model):
         key = field.name
-        if key in meant or key in _FREE:
+        if key in meant or key in FREE:
             continue
         if key in rules.DERIVED:
             try:

@@ -149,7 +149,18 @@ def list_files(folder: epath.Path) -> None:
     inside = ((item, storage.files(str(folder / item))) for item in ("about", "state"))
     names = [f"{item}/{name}" for item, found in inside for name in found]
     listed = {name: _file_summary(folder / name) for name in names}
-    storage.write_text_atomically(str(folder / _FILES), json.dumps(listed))
+    write_json(folder / _FILES, listed)
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Write a file of a step folder that is not a checkpoint yet."""
+    storage.write_text_atomically(str(path), json.dumps(value))
+
+
+def make_folder(folder: epath.Path) -> None:
+    """Make a local folder; buckets have none, and gcsfs would make a bucket that is missing."""
+    if not storage.is_remote(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def damaged_files(folder: epath.Path) -> list[str]:

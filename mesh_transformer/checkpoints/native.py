@@ -72,8 +72,7 @@ class Checkpoints:
         self._keep_n = keep_n
         self._keep_every = keep_every
         self._folder = layout.absolute(root) / "checkpoints"
-        if not storage.is_remote(root):  # there are no folders in buckets, which it would make
-            self._folder.mkdir(parents=True, exist_ok=True)
+        layout.make_folder(self._folder)
         with contextlib.ExitStack() as lock:
             if not storage.is_remote(root) and jax.process_index() == 0:
                 taken = f"another process trains in {root}: end it, or set another model_dir"

@@ -73,16 +73,14 @@ def write(
     def finish() -> None:
         """Write down what only those who have written all arrays know."""
         prints = {path: handler.fingerprint(path) for path in state}
-        text = json.dumps(about | {"fingerprints": prints})
-        storage.write_text_atomically(str(begun / "about" / "about.json"), text)
+        layout.write_json(begun / "about" / "about.json", about | {"fingerprints": prints})
         layout.list_files(begun)
 
     items = ocp.args.Composite(
         state=ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=layout.FILE_BYTES),
         about=ocp.args.JsonSave(about),
     )
-    if not storage.is_remote(folder):
-        place.parent.mkdir(parents=True, exist_ok=True)
+    layout.make_folder(place.parent)
     writer = layout.make_writer(place, finish, (_Parts, handler))
     try:
         with (

@@ -6,6 +6,7 @@ arrays, so that each one is in memory only while it is copied.
 
 from __future__ import annotations
 
+import errno
 import pickle
 from typing import Any, NamedTuple
 
@@ -84,7 +85,11 @@ def read_header(path: str, *, inside: str = "") -> dict[str, Mapped]:
         tensors = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        if (
+            isinstance(error, OSError) and error.errno != errno.EINVAL
+        ):  # of a file cut in its middle
+            raise
         raise CheckpointError(
             f"{path} is damaged, or no file of weights alone: {reason(error)}"
         ) from error

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from mesh_transformer import __version__, progress
 from mesh_transformer.checkpoints import native, opening, placing
 from mesh_transformer.checkpoints.fitting import fitted
+from mesh_transformer.checkpoints.native_source import NativeSource
 from mesh_transformer.checkpoints.source import MU, NU, PARAMS, Source
 from mesh_transformer.config import Config
 from mesh_transformer.model.sampling import Choice
@@ -253,7 +254,7 @@ class Worker:
             init = jax.jit(optimizer.init, out_shardings=shardings)
             self.state = TrainState(step, params, init(params))
             return
-        if found.format == "native":
+        if isinstance(source, NativeSource):  # and needs nothing cut off
             state, _ = native.restore(found.folder, wanted, config=self.config.to_flat())
             params, opt_state = state.params, state.opt_state
         else:
@@ -293,7 +294,7 @@ class Worker:
 
     def _read_params(self, found: opening.Found, source: Source) -> Any:
         wanted = self.steps.state.params
-        if found.format == "native":  # each process reads its own part
+        if isinstance(source, NativeSource):  # each process reads its own part
             flat = self.config.to_flat()
             return native.restore_params(found.folder, wanted, config=flat, cast=True)
         with self._reading(source, moments=False) as advance, memory_for("weights"):
