@@ -144,15 +144,15 @@ def test_its_other_models_are_read(kind: str, tmp_path: Path) -> None:
 def test_another_model_s_configuration_is_refused(tmp_path: Path) -> None:
     folder, _, model = write(tmp_path / "step_3", "bloom")
     found = opening.find(str(folder))
-    with pytest.raises(CheckpointError, match="holds 138 arrays a shard; .*set layers to 11"):
+    with pytest.raises(CheckpointError, match="has no checkpoints of such a model:"):
         opening.open_source(found, dataclasses.replace(model, layers=10))
     gated = dataclasses.replace(model, gated=True)
     with pytest.raises(CheckpointError) as error:
         opening.open_source(found, gated)
-    assert str(error.value).splitlines() == [
-        "mesh-transformer-jax has no checkpoints of such a model:",
-        "  - gated is true, false in mesh-transformer-jax",
-    ]
+    assert "gated is true, false in mesh-transformer-jax" in str(error.value)
+    wide = dataclasses.replace(model, n_vocab=96)
+    with pytest.raises(CheckpointError, match="n_vocab is 96, 48 in the files"):
+        opening.open_source(found, wide)
 
 
 def test_they_are_not_written(tmp_path: Path) -> None:

@@ -111,17 +111,13 @@ def is_original(folder: str) -> bool:
     return storage.exists(storage.join(folder, "shard_0", "0.npz"))
 
 
-def check_computed(model: ModelConfig, *others: Mapping[str, Any]) -> None:
+def check_computed(model: ModelConfig) -> None:
     """Refuse a model that the original's first one cannot be.
 
-    Args:
-        others: Other models that are taken as well.
-
     Raises:
-        CheckpointError: Every key that says otherwise is listed, of the model that comes closest.
+        CheckpointError: Every key that says otherwise is listed.
     """
-    taken = (network_rules.ORIGINAL, *others)
-    if problems := min((network_rules.unlike(it, vars(model)) for it in taken), key=len):
+    if problems := network_rules.unlike(network_rules.ORIGINAL, vars(model)):
         heading = "mesh-transformer-jax has no checkpoints of such a model:"
         raise CheckpointError("\n  - ".join([heading, *problems]))
 
@@ -144,13 +140,15 @@ class Original:
     def __init__(self, folder: str, model: ModelConfig) -> None:
         self.where = folder
         self.known: Mapping[str, Any] = {}
-        check_computed(model, network_rules.FORK)
+        if network_rules.unlike(network_rules.FORK, vars(model)):
+            check_computed(model)
         self._n_heads = model.n_heads
         self.n_shards = count_shards(folder)
         self._members = [self._open(shard) for shard in range(self.n_shards)]
         weights, full = leaves(model, moments=False), leaves(model, moments=True)
         self._leaves = full if (n_found := len(self._members[0])) == len(full) else weights
         if n_found != len(self._leaves):
+            check_computed(model)  # what has other arrays is most likely not of the fork
             raise CheckpointError(_wrong_number(folder, n_found, model))
         with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
             # Of shard 0; what others say is looked at as it is read.
