@@ -106,20 +106,13 @@ def convert(
         CheckpointError: The checkpoint does not fit the configuration or is damaged, the format
             cannot hold the model, or there is something at `output` or too little space.
     """
-    if not what.file_gb > 0:
-        raise CheckpointError(f"files of {what.file_gb:g} GB are asked for; needed is more than 0")
     if what.n_vocab is not None:
         model = dataclasses.replace(config.model, n_vocab=what.n_vocab)
         config = dataclasses.replace(config, model=model)
         source = WithVocabulary(source, what.n_vocab)
-    if what.format == "native":
-        retention.check_kept(output)
-    if what.format == "hf":
-        _check_padding(what, config)
-    places.check_apart(output, source)
+    _check(what, config, output, source)
     source, model = fitted(source, config.model), config.model
     dtype, moments, total = plan(source, what)
-    _check_shards(what, config)
     if source.counts is not None and not moments:
         _logger.info("the optimizer state is left out: %s holds weights alone", what.format)
     with places.becoming(output, total, overwrite=overwrite) as folder:
@@ -140,6 +133,18 @@ def convert(
             original_writer.write(folder, source, model, advance=advance, **shared)
     if what.format in ("original", "slim"):
         original_run.enlist(output, source.step)
+
+
+def _check(what: Conversion, config: Config, output: str, source: Source) -> None:
+    """Refuse what cannot be written, before anything is."""
+    if not what.file_gb > 0:
+        raise CheckpointError(f"files of {what.file_gb:g} GB are asked for; needed is more than 0")
+    if what.format == "native":
+        retention.check_kept(output)
+    if what.format == "hf":
+        _check_padding(what, config)
+    places.check_apart(output, source)
+    _check_shards(what, config)
 
 
 def _check_padding(what: Conversion, config: Config) -> None:
