@@ -19,9 +19,10 @@ Turn text into a data set for training: tokenise documents, shuffle them, cut th
 The input is a file or a folder of files: .txt, .jsonl, .jsonl.zst, .xz or .tar.gz. A text is a
 document, or several with the tokenizer's end of text (<|endoftext|>) between them; a line of JSON
 is a string or an object with "text"; every file in an archive is a text. Every document is ended
-by an end of text. With --encoder-seq lines of JSON are objects with "in_text" and "out_text", and
-a sequence is one pair of them. Writes NAME_{number of sequences}.tfrecords, a .json file beside it
-that says how it was made, and NAME.index, which train_set and val_set of a configuration name.
+by an end of text, and begun as its tokenizer's files say. With --encoder-seq lines of JSON are
+objects with "in_text" and "out_text", and a sequence is one pair of them. Writes
+NAME_{number of sequences}.tfrecords, a .json file beside it that says how it was made, and
+NAME.index, which is what train_set and val_set of a configuration name.
 """
 
 

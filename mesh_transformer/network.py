@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from mesh_transformer.schema import Count, Limit, Natural, NonNegative, Positive, Text
+from mesh_transformer.schema import Count, Limit, Natural, NonNegative, Positive, Rate, Text
 from mesh_transformer.sections import DERIVED, Section
 
 Norm = Literal[
@@ -19,6 +19,12 @@ Residual = Literal["parallel", "parallel-untied", "sequential", "post-norm"]
 Activation = Literal[
     "gelu_new", "gelu", "quick_gelu", "silu", "relu", "relu_squared", "mish", "sigmoid", "tanh"
 ]
+
+SGU_WIDTH = 128
+"""Tokens that `use_static_sgu` mixes into one, itself included."""
+
+HEAD_QK_FEATURES = 256
+"""Of each query and key of `head_qk_trick`, and what their products are divided by."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +45,8 @@ class ModelConfig(Section):
             more of those. Left out: n_heads.
         d_ff: Hidden features of the feed-forward layer. Left out: 4 d_model.
         residual: How a block adds its branches: both from one norm, both each from its own norm,
-            one after the other, or one after the other with the norm after the sum.
+            one after the other, or one after the other with the norm after the sum. "parallel" is
+            what fattorib/transformer calls `fused_residuals`.
         norm: Of mesh-transformer-jax all but the last two, which divide by the root of the mean
             square; "plus-one" multiplies by 1 + scale.
         norm_epsilon: Added to a norm's variance or mean square, or to the original's lengths.
@@ -53,9 +60,10 @@ class ModelConfig(Section):
         pe_offset: Rows of the "fixed" table before that of the first position.
         pe_buckets: Of "t5": biases of a head. An encoder uses half of them for either direction.
         pe_max_distance: Of "t5": from where on all distances share one.
-        window: Slots that a query sees, itself included; 0: all before it.
+        window: Slots that a query sees, itself included; 0 (or `seq` and more): all before it.
         window_every: The window is that of each layer whose number, from 1, this divides.
-        attention_scale: Factor of the products of queries and keys. Left out: 1 / sqrt(d_head).
+        attention_scale: Factor of the products of queries and keys. Left out: 1 / sqrt(d_head);
+            with muP mup_attention_alpha sqrt(mup_base_d_head) / d_head.
         qk_norm: Whether queries and keys are normalised per head, by "rmsnorm-mean".
         activation: Of the feed-forward layer.
         gated: Whether the activation is of a second product and multiplies the first (GLU).
@@ -66,12 +74,26 @@ class ModelConfig(Section):
         embed_scale: Factor of embeddings, before positions are added.
         head_scale: Factor of the last features, before the head.
         d_embed: Features of an embedding, projected to and from d_model. Left out: d_model.
+        output_scale: Factor of the logits, before their bias is added. Left out: 1; with muP
+            mup_output_alpha mup_base_d_model / d_model.
+        mup_base_d_model: The d_model for which lr and the other hyperparameters were found, to be
+            kept at this one (muP: see `model.mup`); 0: the standard parametrisation. With it go
+            `mup_base_d_ff` and `mup_base_d_head`, the base's d_ff and d_head.
+        mup_attention_alpha: Factor of the products of queries and keys, of all widths; so
+            `mup_output_alpha`, of the logits.
         compute_dtype: Of weights in use and activations; master weights are always float32.
         remat: What the backward pass computes anew: whole layers, all but matrix products, nothing.
         unroll: Layers computed in one round of the loop over layers. More of them run faster on
             CPUs and take longer to compile.
         attention: Implementation; "auto" takes the best that the device has.
         z_loss: Weight of log(Z)^2 in the training loss, which keeps the logits from drifting.
+        dropout_embedding: Share of the numbers of embeddings, positions added, that training sets
+            to 0 at random; so `dropout_attention` of attention's weights, and `dropout_residual` of
+            what each attention and each feed-forward layer adds to its input. Weights read from
+            other libraries come with rates of 0, whatever they were trained with.
+        use_static_sgu: Whether attention is of half of the features, with heads half as wide, and
+            the other half are mixed with those of the 127 tokens before by fixed weights.
+        head_qk_trick: Whether one more head raises logits of tokens that were seen before.
     """
 
     layers: Count
@@ -113,9 +135,20 @@ class ModelConfig(Section):
     embed_scale: Positive = 1.0
     head_scale: Positive = 1.0
     d_embed: Count = DERIVED
+    output_scale: Positive = DERIVED
+    mup_base_d_model: Natural = 0
+    mup_base_d_ff: Natural = 0
+    mup_base_d_head: Natural = 0
+    mup_attention_alpha: Positive = 1.0
+    mup_output_alpha: Positive = 1.0
     n_tokens: Count = DERIVED
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Literal["full", "dots", "none"] = "full"
     unroll: Count = 1
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     z_loss: NonNegative = 1e-4
+    dropout_embedding: Rate = 0.0
+    dropout_attention: Rate = 0.0
+    dropout_residual: Rate = 0.0
+    use_static_sgu: bool = False
+    head_qk_trick: bool = False

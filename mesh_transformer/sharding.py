@@ -61,6 +61,7 @@ PARAM_DIMS = (
     ("layers/block/ff/out/b", "LD"),
     ("final_norm/(scale|offset)", "D"),
     ("final_norm/(gain|shift)", ""),
+    ("head_qk/[qk]/w", "DK"),
     ("unembed/project/w", "DE"),
     ("unembed/w", "DV"),
     ("unembed/b", "V"),
@@ -304,7 +305,8 @@ def sum_of(terms: Sequence[jax.Array]) -> jax.Array:
 def lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     """Gather rows of a table whose rows are split over `mp`: each device looks up what it holds.
 
-    One all-reduce forward, none backward.
+    One all-reduce forward, none backward, where a row's gradient is summed in float32: in bfloat16
+    a token that is everywhere in a batch would stop to count.
     """
 
     def local(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
@@ -317,7 +319,9 @@ def lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
 def _lookup_backward(factors: Any, g_BTD: jax.Array) -> tuple[jax.Array, None]:
     def local(table_VD: jax.Array, ids_BT: jax.Array, g_BTD: jax.Array) -> jax.Array:
         row_BT, mine_BT1 = _own_rows(table_VD, ids_BT)
-        return jnp.zeros_like(table_VD).at[row_BT].add(jnp.where(mine_BT1, g_BTD, 0))
+        mine_BTD = jnp.where(mine_BT1, g_BTD, 0).astype(jnp.float32)
+        total_VD = jnp.zeros(table_VD.shape, jnp.float32).at[row_BT].add(mine_BTD)
+        return total_VD.astype(table_VD.dtype)
 
     return over_mp(local, ("VD", "BT", "BTD"), "VD")(*factors, g_BTD), None
 

@@ -94,12 +94,17 @@ class Run(NamedTuple):
         }
 
     def start(
-        self, script: str, *arguments: str, folder: Path = ROOT, output: int | IO[str] = PIPE
+        self,
+        script: str,
+        *arguments: str,
+        folder: Path = ROOT,
+        output: int | IO[str] = PIPE,
+        **variables: str,
     ) -> subprocess.Popen[str]:
         """Start a script of the repository, or a copy of it in another folder."""
         return subprocess.Popen(
             [sys.executable, str(folder / script), *arguments],
-            env=os.environ | self.variables,
+            env=os.environ | self.variables | variables,
             text=True,
             stdout=output,
             stderr=output,

@@ -91,6 +91,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "window": 5,
         },
     },
+    "research": {
+        **{"use_static_sgu": True, "head_qk_trick": True, "pe": "alibi", "qkv_bias": True},
+        **{"o_bias": True, "embed_bias": False, "tie_embeddings": True, "head_bias": False},
+    },
 }
 """Every other option of a decoder, as families combine them."""
 

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import original
+import original_steps
 import pytest
 import small
 
+from mesh_transformer.config import Config
 from mesh_transformer.model.decoder import make_model
 from mesh_transformer.model.loss import TokenLoss, next_token_loss
 from mesh_transformer.pod.worker import Worker
@@ -78,6 +80,26 @@ def test_the_same_tokens_are_predicted_correctly(name: str) -> None:
     np.testing.assert_array_equal(seen.correct_BT, original.load(name).arrays["correct"])
 
 
+@pytest.mark.parametrize("name", ["A", "B_small", "C_t5", "D_fixed"])
+def test_a_slim_checkpoint_gives_every_token_the_loss_that_the_original_gave_it(name: str) -> None:
+    """The original's record of rounded weights; its activations are float32, as ours are here."""
+    step = original_steps.find(name, "slim")
+    if not (original.FOLDERS / name).exists():
+        pytest.skip("ORIGINAL_FIXTURES names no folder with the original's record")
+    with np.load(original.FOLDERS / name / "record.npz") as record:
+        tokens_BT1, theirs_BT = record["eval_tokens"], record["eval_bf16_all_loss"]
+    worker = Worker(one_device(step.config), jax.devices()[:1])
+    worker.load_weights(str(step.folder))
+    ours = worker.evaluate(tokens_BT1.astype(np.int32))
+    np.testing.assert_allclose(ours.loss_BT, theirs_BT, rtol=0, atol=1e-5)
+    full_BT = original.load(name).arrays["all_loss"] if name != "A" else 0  # A's is rounded too
+    assert np.abs(theirs_BT - full_BT).max() > 1e-3, "rounding is seen"
+
+
+def one_device(run: Config) -> Config:
+    return dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, cores_per_replica=1))
+
+
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "A"])  # A's is in bfloat16
 def test_the_gradient_is_the_original_s(name: str) -> None:
     _, ours = computed(name)
@@ -87,8 +109,7 @@ def test_the_gradient_is_the_original_s(name: str) -> None:
 @pytest.mark.parametrize("name", CONTINUED)
 def test_greedy_continuations_are_the_original_s(name: str) -> None:
     run = original.load(name)
-    one_device = dataclasses.replace(run.config.mesh, cores_per_replica=1)
-    worker = Worker(dataclasses.replace(run.config, mesh=one_device), jax.devices()[:1])
+    worker = Worker(one_device(run.config), jax.devices()[:1])
     worker.state = TrainState(jnp.int32(0), jax.device_put(run.params(), jax.devices()[0]), ())
     for row in (0, 2, 3):  # row 1 begins at the end of the window, which the original then slides
         expected = run.arrays["generated"][row]

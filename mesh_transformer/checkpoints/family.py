@@ -28,6 +28,8 @@ class Row(NamedTuple):
             along the features that they make.
         transposed: Whether theirs is `[n_out, n_in]`, as PyTorch's linear layers are.
         by_head: Of three in one: whether each head's three stand together.
+        pairs: Of queries and keys: whether the features that are turned together are neighbours,
+            where ours, of "rotary-half", are half a head apart.
         gated: Whether it is of models with a gate (`gated`), or of those without; None: of both.
     """
 
@@ -35,6 +37,7 @@ class Row(NamedTuple):
     ours: str
     transposed: bool = False
     by_head: bool = False
+    pairs: bool = False
     gated: bool | None = None
 
     @property

@@ -15,14 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
-from mesh_transformer.checkpoints import layout
+from mesh_transformer import storage
+from mesh_transformer.checkpoints import layout, retention
 from mesh_transformer.checkpoints.fingerprint import fingerprints
 from mesh_transformer.checkpoints.layout import CheckpointError, Damaged
 from mesh_transformer.config import ModelConfig
 
-_MIN_READ_GB = 16  # in flight while restoring; more only where one array alone needs it
+_READ_GB = 1.0  # in flight while restoring; more only where one array alone needs it
 ADVICE = "; restore another step or copy the folder again"
 
 
@@ -35,15 +37,23 @@ def locate(path: str) -> str | None:
 
     Returns:
         The step folder; None if the path holds no complete native checkpoint.
+
+    Raises:
+        UserError: It holds one where none can be read from.
     """
     given = layout.absolute(path)
-    if layout.is_complete(given) and (given / "about").is_dir():
-        return str(given)
+    if layout.is_complete(given) and storage.exists(str(given / "about")):
+        return _kept(given)
     for folder in (given / "checkpoints", given):
         step = layout.latest(folder)
         if step is not None:
-            return str(layout.step_folder(folder, step))
+            return _kept(layout.step_folder(folder, step))
     return None
+
+
+def _kept(folder: epath.Path) -> str:
+    retention.check_kept(str(folder))
+    return str(folder)
 
 
 def restore(
@@ -163,7 +173,7 @@ def _read_arrays(
         largest_gb = (
             max((it.size * it.dtype.itemsize for it in as_stored.values()), default=0) / 1e9
         )
-        handler = layout.state_handler(max(_MIN_READ_GB, 2 * int(largest_gb + 1)))
+        handler = layout.state_handler(max(_READ_GB, 1.01 * largest_gb))
         args = ocp.args.PyTreeRestore(
             item=as_stored,
             restore_args={

@@ -26,6 +26,7 @@ class Tensor(NamedTuple):
         shape: Of theirs.
         keys: Ours in it.
         n_groups: Of heads whose queries, keys and values stand together, where these are in one.
+        pairs: Features per head, and how many of them stand in pairs, where ours are in halves.
     """
 
     name: str
@@ -33,16 +34,20 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     keys: tuple[Key, ...]
     n_groups: int
+    pairs: tuple[int, int] = (0, 0)
 
     def part(self, whole: np.ndarray, key: Key) -> np.ndarray:
         """Return one of ours."""
         if len(self.keys) > 1:
             part = self._parts(whole)[self.keys.index(key)]
             whole = part.reshape(*self._part_shape())
-        return transposed(whole) if self.row.transposed else np.ascontiguousarray(whole)
+        ours = transposed(whole) if self.row.transposed else np.ascontiguousarray(whole)
+        return _reordered(ours, *self.pairs, to_halves=True) if self.row.pairs else ours
 
     def put(self, whole: np.ndarray, key: Key, part: np.ndarray) -> np.ndarray:
         """Put one of ours in its place, and return the whole."""
+        if self.row.pairs:
+            part = _reordered(part, *self.pairs, to_halves=False)
         theirs = transposed(part) if self.row.transposed else part
         if len(self.keys) == 1:
             return theirs
@@ -92,12 +97,27 @@ def _tensor(
     if row.gated not in (None, model.gated) or not all(key in ours for key in keys):
         return None
     shape = ours[keys[0]][::-1] if row.transposed else ours[keys[0]]
-    tensor = Tensor(row.theirs.format(layer), row, shape, keys, 1)
+    pairs = (model.d_head, model.pe_rotary_dims)
+    tensor = Tensor(row.theirs.format(layer), row, shape, keys, 1, pairs)
     if len(keys) == 1:
         return tensor
     axis = tensor._axis
     whole = (*shape[:axis], len(keys) * shape[axis], *shape[axis + 1 :])
     return tensor._replace(shape=whole, n_groups=model.n_heads if row.by_head else 1)
+
+
+def _reordered(array: np.ndarray, d_head: int, n_rotated: int, *, to_halves: bool) -> np.ndarray:
+    """Reorder the rotary features of each head, along the last axis, from pairs to halves or back.
+
+    "rotary" turns neighbours and "rotary-half" features that are half a head apart; what one
+    computes with its features, the other does with them in its own order.
+    """
+    heads = array.reshape(*array.shape[:-1], -1, d_head)
+    result = heads.copy()
+    split = (n_rotated // 2, 2) if to_halves else (2, n_rotated // 2)
+    turned = heads[..., :n_rotated].reshape(*heads.shape[:-1], *split).swapaxes(-1, -2)
+    result[..., :n_rotated] = turned.reshape(*heads.shape[:-1], n_rotated)
+    return result.reshape(array.shape)
 
 
 def transposed(matrix: np.ndarray) -> np.ndarray:

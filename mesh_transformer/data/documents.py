@@ -45,11 +45,13 @@ class Piece:
         text: The text, never empty.
         place: The file and the line where it begins, for messages.
         ends: Whether the document ends here.
+        begins: Whether it begins here.
     """
 
     text: str
     place: str
     ends: bool
+    begins: bool = True
 
 
 def find_files(path: Path) -> list[Path]:
@@ -92,8 +94,11 @@ def read(
         DataError: The file is damaged; the message names the file and the line.
     """
 
+    begins = True
     for texts, place, line in _texts(_blocks(path, advance), str(path), path.name):
-        yield from _pieces(texts, separator, longest, place, line)
+        for piece in _pieces(texts, separator, longest, place, line):
+            yield dataclasses.replace(piece, begins=begins)
+            begins = piece.ends
 
 
 def read_pairs(
@@ -123,7 +128,8 @@ def read_pairs(
                         f"found {_shown(line)}"
                     )
                 _check_encodable(text, place)
-                yield Piece(text, place, ends=True)
+                # What a decoder is fed begins with padding, not as a document does.
+                yield Piece(text, place, ends=True, begins=key == "in_text")
 
 
 def _blocks(path: Path, advance: Callable[[int], object]) -> Iterator[bytes]:

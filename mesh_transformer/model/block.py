@@ -6,6 +6,7 @@ Initial values and formulas are those of mesh-transformer-jax, the program that 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,7 +18,17 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.attention import Cache, attention, n_kv_heads_held
-from mesh_transformer.model.layers import PRODUCT, Matrix, Norm, Product, mean_square_normalised
+from mesh_transformer.model.dropout import NOTHING_DROPPED, LayerKeys, dropout
+from mesh_transformer.model.layers import (
+    PRODUCT,
+    Matrix,
+    Norm,
+    Product,
+    mean_square_normalised,
+    plus,
+)
+from mesh_transformer.model.mixing import static_sgu
+from mesh_transformer.model.mup import ff_out_spread
 from mesh_transformer.model.positions import Positions, rotate
 from mesh_transformer.sharding import columns, columns_of_copies, rows, shard
 
@@ -56,6 +67,10 @@ class Block(hk.Module):
     forward and one backward. "parallel-untied" is GPT-NeoX's, "sequential" GPT-2's, and
     "post-norm", the first transformer's, normalises each sum. With an encoder, a sequential block
     attends to its output between the two.
+
+    With `use_static_sgu` attention reads and writes the second half of the features alone, and the
+    first half is mixed by fixed weights (`mixing.static_sgu`). This, and `dropout_residual`, which
+    drops what each branch adds, cost the parallel forms a second all-reduce forward.
     """
 
     config: ModelConfig
@@ -67,39 +82,61 @@ class Block(hk.Module):
         positions: Positions,
         cache: Cache | None,
         window: jax.Array | None = None,
+        keys: LayerKeys = NOTHING_DROPPED,
         encoded: Encoded | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         cfg = self.config
         heads, ff = Heads.of(cfg), FeedForward.of(cfg)
+        dropped = functools.partial(dropout, dims="BTD", rate=cfg.dropout_residual)
         norm = Norm(cfg, name="norm")
         ff_norm = norm if cfg.residual == "parallel" else Norm(cfg, name="ff_norm")
         if cfg.residual in ("sequential", "post-norm"):
             post = cfg.residual == "post-norm"
             read, then = (lambda x: x, norm) if post else (norm, lambda x: x)
             made = _products(read(x_BTD), heads.inputs())
-            a_BTH, cache = attend(heads, made, positions, cache, cfg, window)
+            a_BTH, cache = attend(heads, made, positions, cache, cfg, window, keys.attention)
             a_BTD = heads.add_bias(rows((a_BTH, heads.o(), "HD")))
+            a_BTD = dropped(a_BTD, key=keys.after_attention)
             x_BTD = then(shard(x_BTD + a_BTD, "BTD"))
             if encoded is not None or (cache is not None and cache.cross is not None):
                 x_BTD, cache = _across(x_BTD, positions, cache, encoded, cfg)
             read, then = (lambda x: x, ff_norm) if post else (ff_norm, lambda x: x)
             h_BTF = ff.hidden(_products(read(x_BTD), ff.inputs()))
-            return then(shard(x_BTD + ff.add_bias(rows((h_BTF, ff.out(), "FD"))), "BTD")), cache
-        if cfg.residual == "parallel":
-            made = _products(norm(x_BTD), (*heads.inputs(), *ff.inputs()))
+            h_BTD = ff.add_bias(rows((h_BTF, ff.out(), "FD")))
+            return then(shard(x_BTD + dropped(h_BTD, key=keys.after_ff), "BTD")), cache
+        y_BTD, mixed_BTD = norm(x_BTD), None
+        if cfg.use_static_sgu:
+            mixed_BTD, attended_BTD = jnp.split(y_BTD, 2, axis=-1)
+            mixed_BTD, cache = _mix(mixed_BTD, positions, cache)
+            made = (*_products(attended_BTD, heads.inputs()), *_products(y_BTD, ff.inputs()))
+        elif cfg.residual == "parallel":
+            made = _products(y_BTD, (*heads.inputs(), *ff.inputs()))
         else:
-            made = (
-                *_products(norm(x_BTD), heads.inputs()),
-                *_products(ff_norm(x_BTD), ff.inputs()),
-            )
-        a_BTH, cache = attend(heads, made[:3], positions, cache, cfg, window)
-        h_BTF = ff.hidden(made[3:])
-        z_BTD = rows((a_BTH, heads.o(), "HD"), (h_BTF, ff.out(), "FD"))
-        return shard(x_BTD + ff.add_bias(heads.add_bias(z_BTD)), "BTD"), cache
+            made = (*_products(y_BTD, heads.inputs()), *_products(ff_norm(x_BTD), ff.inputs()))
+        a_BTH, cache = attend(heads, made[:3], positions, cache, cfg, window, keys.attention)
+        out, ff_out = (a_BTH, heads.o(), "HD"), (ff.hidden(made[3:]), ff.out(), "FD")
+        if mixed_BTD is None and (keys.after_ff is None or cfg.dropout_residual == 0):
+            z_BTD = ff.add_bias(heads.add_bias(rows(out, ff_out)))
+            return shard(x_BTD + z_BTD, "BTD"), cache
+        a_BTD = dropped(heads.add_bias(rows(out)), key=keys.after_attention)
+        if mixed_BTD is not None:
+            a_BTD = jnp.concatenate((mixed_BTD, a_BTD), axis=-1)
+        h_BTD = dropped(ff.add_bias(rows(ff_out)), key=keys.after_ff)
+        return shard(x_BTD + a_BTD + h_BTD, "BTD"), cache
 
 
 def _products(y_BTD: jax.Array, weights: tuple[Product, ...]) -> tuple[jax.Array, ...]:
     return tuple(checkpoint_name(product, PRODUCT) for product in columns(y_BTD, *weights))
+
+
+def _mix(
+    y_BTD: jax.Array, positions: Positions, cache: Cache | None
+) -> tuple[jax.Array, Cache | None]:
+    """Mix features with those of the tokens before them, which a cache keeps."""
+    if cache is not None:
+        cache = cache.append_mixed(y_BTD, positions.ids_BT)
+        y_BTD = cache.mixed()
+    return static_sgu(y_BTD, positions.ids_BT), cache
 
 
 class FeedForward(NamedTuple):
@@ -113,6 +150,7 @@ class FeedForward(NamedTuple):
     @staticmethod
     def of(config: ModelConfig) -> FeedForward:
         read, write = _stddevs(config)
+        write *= ff_out_spread(config)
         d_model, d_ff = config.d_model, config.d_ff
         with hk.name_scope("ff"):
             up = Matrix(d_model, d_ff, read, name="in")
@@ -125,16 +163,16 @@ class FeedForward(NamedTuple):
 
     def hidden(self, products: tuple[jax.Array, ...]) -> jax.Array:
         """Return the hidden features `BTF` of the products with `inputs`."""
-        dtype, act = products[0].dtype, ACTIVATIONS[self.config.activation]
+        act = ACTIVATIONS[self.config.activation]
         matrices = [it for it in (self.up, self.gate) if it is not None]
         made = [
-            x_BTF + it.bias(dtype) if self.config.ff_bias else x_BTF
+            plus(x_BTF, it.bias()) if self.config.ff_bias else x_BTF
             for x_BTF, it in zip(products, matrices, strict=True)
         ]
         return shard(act(made[0]) if self.gate is None else made[0] * act(made[1]), "BTF")
 
     def add_bias(self, z_BTD: jax.Array) -> jax.Array:
-        return z_BTD + self.out.bias(z_BTD.dtype) if self.config.ff_bias else z_BTD
+        return plus(z_BTD, self.out.bias()) if self.config.ff_bias else z_BTD
 
 
 class Heads(NamedTuple):
@@ -150,8 +188,8 @@ class Heads(NamedTuple):
 
     @staticmethod
     def of(config: ModelConfig, name: str = "attention") -> Heads:
-        read, write = _stddevs(config)
-        d_model, width = config.d_model, config.n_heads * config.d_head
+        d_model, width = d_attended(config), config.n_heads * config.d_head
+        read, write = (it * math.sqrt(config.d_model / d_model) for it in _stddevs(config))
         kv_width = config.n_kv_heads * config.d_head
         with hk.name_scope(name):
             return Heads(
@@ -171,12 +209,12 @@ class Heads(NamedTuple):
 
     def split(self, products: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return queries `BTHK`, keys and values `BTGK` of the products with `inputs`."""
-        cfg, dtype = self.config, products[0].dtype
+        cfg = self.config
         q_BTH, k_BTG, v_BTG = products
         if cfg.qkv_bias:
-            q_BTH = q_BTH + self.q.bias(dtype)
-            k_BTG = k_BTG + self._copied(self.k.bias(dtype))
-            v_BTG = v_BTG + self._copied(self.v.bias(dtype))
+            q_BTH = plus(q_BTH, self.q.bias())
+            k_BTG = plus(k_BTG, self._copied(self.k.bias()))
+            v_BTG = plus(v_BTG, self._copied(self.v.bias()))
         q_BTHK, k_BTGK, v_BTGK = (
             shard(x.reshape(*x.shape[:2], -1, cfg.d_head), dims)
             for x, dims in ((q_BTH, "BTHK"), (k_BTG, "BTGK"), (v_BTG, "BTGK"))
@@ -195,7 +233,12 @@ class Heads(NamedTuple):
         return jnp.repeat(heads, copies, axis=-2).reshape(*x.shape[:-1], -1)
 
     def add_bias(self, z_BTD: jax.Array) -> jax.Array:
-        return z_BTD + self.o.bias(z_BTD.dtype) if self.config.o_bias else z_BTD
+        return plus(z_BTD, self.o.bias()) if self.config.o_bias else z_BTD
+
+
+def d_attended(config: ModelConfig) -> int:
+    """Return how many features attention reads and writes: half of them beside a static SGU."""
+    return config.d_model // 2 if config.use_static_sgu else config.d_model
 
 
 def _stddevs(config: ModelConfig) -> tuple[float, float]:
@@ -223,6 +266,7 @@ def attend(
     cache: Cache | None,
     config: ModelConfig,
     window: jax.Array | None,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """Split heads, rotate, append to the cache if there is one, and attend; `BTH`."""
     q_BTHK, k_BTGK, v_BTGK = heads.split(products)
@@ -235,7 +279,10 @@ def attend(
         cache = cache.append(k_BTGK, v_BTGK, positions.ids_BT)
         k_BTGK, v_BTGK = cache.keys_and_values()
     y_BTHK = attention(
-        q_BTHK, k_BTGK, v_BTGK, positions, config, cached=cache is not None, window=window
+        *(q_BTHK, k_BTGK, v_BTGK, positions, config),
+        cached=cache is not None,
+        window=window,
+        dropout_key=dropout_key,
     )
     y_BTH = shard(y_BTHK.reshape(*y_BTHK.shape[:2], -1), "BTH")
     return checkpoint_name(y_BTH, PRODUCT), cache

@@ -16,11 +16,23 @@ import jax.numpy as jnp
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.attention import Cache, CrossCache, n_kv_heads_held
 from mesh_transformer.model.block import Block, Encoded
+from mesh_transformer.model.copying import HeadQK, Pointers, copied
+from mesh_transformer.model.dropout import dropout, embedding_key, layer_keys
 from mesh_transformer.model.encoder import Encoder
-from mesh_transformer.model.layers import Embed, Head, Norm, Unembed, kept_for_backward, logits
+from mesh_transformer.model.layers import (
+    Embed,
+    Head,
+    Norm,
+    Unembed,
+    kept_for_backward,
+    logits,
+    plus,
+)
 from mesh_transformer.model.loss import TokenLoss, next_token_loss
 from mesh_transformer.model.positions import LearnedPositions, positions_of, sinusoidal
 from mesh_transformer.model.weights import cast_at_use
+from mesh_transformer.network import HEAD_QK_FEATURES
+from mesh_transformer.network_rules import is_windowed
 from mesh_transformer.sharding import shard
 
 
@@ -39,6 +51,7 @@ class Decoder(hk.Module):
         *,
         encoded: Encoded | None = None,
         targets_BT: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[Any, Cache | None]:
         """Return what follows the tokens, and the cache after them.
 
@@ -47,6 +60,7 @@ class Decoder(hk.Module):
             encoded: An encoder's output; its keys and values go to the cache, if one came in, and
                 later calls with that cache need it no more.
             targets_BT: If given, the first result is the `TokenLoss` of these, not logits.
+            dropout_key: Of what is dropped at the rates of `dropout_...`; nothing is if None.
 
         Returns:
             `logits_BTV` (float32, split over `mp`) or a `TokenLoss`; and the cache, if one came in.
@@ -54,10 +68,8 @@ class Decoder(hk.Module):
         cfg = self.config
         slots = tokens_BT.shape[1] if cache is None else cache.k_LBSGK.shape[2]
         x_BTD, table_VE = Embed(cfg, name="embed")(tokens_BT)
-        if cfg.pe == "fixed":
-            x_BTD = x_BTD + LearnedPositions(cfg, name="positions")(positions_BT)
-        if cfg.pe == "sinusoidal":
-            x_BTD = x_BTD + sinusoidal(positions_BT, cfg.d_model).astype(x_BTD.dtype)
+        x_BTD = _placed(x_BTD, positions_BT, cfg)
+        x_BTD = dropout(x_BTD, "BTD", cfg.dropout_embedding, embedding_key(dropout_key))
         positions = positions_of(positions_BT, slots, cfg)
 
         def block(
@@ -65,8 +77,8 @@ class Decoder(hk.Module):
         ) -> tuple[tuple[jax.Array, Cache | None], None]:
             x_BTD, cache = carry
             cache = None if cache is None else cache._replace(layer=layer)
-            window = window_of(layer, cfg)
-            return Block(cfg, name="block")(x_BTD, positions, cache, window, encoded), None
+            window, keys = window_of(layer, cfg), layer_keys(dropout_key, layer)
+            return Block(cfg, name="block")(x_BTD, positions, cache, window, keys, encoded), None
 
         stack = hk.layer_stack(
             cfg.layers, with_per_layer_inputs=True, unroll=cfg.unroll, name="layers"
@@ -79,14 +91,22 @@ class Decoder(hk.Module):
         if cfg.head_scale != 1:
             x_BTD = x_BTD * jnp.asarray(cfg.head_scale, x_BTD.dtype)
         # Read outside what backward recomputes: a spread head is then gathered once.
-        head = Unembed(cfg, name="unembed")(table_VE)
+        head, pointers = Unembed(cfg, name="unembed")(table_VE), None
+        if cfg.head_qk_trick:
+            point = HeadQK(cfg, name="head_qk")
+            pointers, cache = point(x_BTD, tokens_BT, positions_BT, cache)
+
+        def predict(x_BTD: jax.Array, head: Head, pointers: Pointers | None) -> jax.Array:
+            logits_BTV = logits(x_BTD, head, cfg.output_scale)
+            return logits_BTV if pointers is None else copied(logits_BTV, pointers, x_BTD.dtype)
+
         if targets_BT is None:
-            return logits(x_BTD, head), cache
+            return predict(x_BTD, head, pointers), cache
 
-        def loss(x_BTD: jax.Array, targets_BT: jax.Array, head: Head) -> TokenLoss:
-            return next_token_loss(logits(x_BTD, head), targets_BT)
+        def loss(targets_BT: jax.Array, *features: Any) -> TokenLoss:
+            return next_token_loss(predict(*features), targets_BT)
 
-        return kept_for_backward(loss, cfg.remat)(x_BTD, targets_BT, head), cache
+        return kept_for_backward(loss, cfg.remat)(targets_BT, x_BTD, head, pointers), cache
 
     @hk.name_like("__call__")
     def embedded(self, tokens_BS: jax.Array) -> jax.Array:
@@ -94,9 +114,18 @@ class Decoder(hk.Module):
         return Embed(self.config, name="embed")(tokens_BS)[0]
 
 
+def _placed(x_BTD: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
+    """Add to embeddings the vectors of their positions, if the model's `pe` has any."""
+    if config.pe == "fixed":
+        return plus(x_BTD, LearnedPositions(config, name="positions")(positions_BT))
+    if config.pe == "sinusoidal":
+        return x_BTD + sinusoidal(positions_BT, config.d_model).astype(x_BTD.dtype)
+    return x_BTD
+
+
 def window_of(layer: jax.Array, config: ModelConfig) -> jax.Array | None:
     """Return how many slots a query of a layer, counted from 0, sees; None if all ever do."""
-    if not config.window:
+    if not is_windowed(config.window, config.seq):
         return None
     is_local = (layer + 1) % config.window_every == 0
     return jnp.where(is_local, config.window, jnp.iinfo(jnp.int32).max // 2)
@@ -150,10 +179,19 @@ def empty_cache(
     """
     shape = (config.layers, n_sequences, n_slots, n_kv_heads_held(config), config.d_head)
     zeros_LBSGK = shard(jnp.zeros(shape, config.compute_dtype), "LBSGK")
-    cross = None
+    cache = Cache(zeros_LBSGK, zeros_LBSGK, jnp.int32(0))
+    by_slot = (n_sequences, n_slots)
+    if config.use_static_sgu:
+        mixed = (config.layers, *by_slot, config.d_model // 2)
+        cache = cache._replace(y_LBSD=shard(jnp.zeros(mixed, config.compute_dtype), "LBSD"))
+    if config.head_qk_trick:
+        key_BSK = shard(jnp.zeros((*by_slot, HEAD_QK_FEATURES), config.compute_dtype), "BSK")
+        tokens_BS = shard(jnp.zeros(by_slot, jnp.int32), "BS")
+        cache = cache._replace(key_BSK=key_BSK, tokens_BS=tokens_BS)
     if sources_BS is not None:
         width = n_kv_heads_held(config) * config.d_head
         zeros = jnp.zeros((config.layers, *sources_BS.shape, width), config.compute_dtype)
         zeros_LBSG = shard(zeros, "LBSG")
         cross = CrossCache(zeros_LBSG, zeros_LBSG, sources_BS != config.pad_id)
-    return Cache(zeros_LBSGK, zeros_LBSGK, jnp.int32(0), cross)
+        cache = cache._replace(cross=cross)
+    return cache

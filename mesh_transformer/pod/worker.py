@@ -18,9 +18,11 @@ from jax.sharding import NamedSharding
 from mesh_transformer import __version__, progress
 from mesh_transformer.checkpoints import native, opening, placing
 from mesh_transformer.checkpoints.fitting import fitted
+from mesh_transformer.checkpoints.native_source import NativeSource
 from mesh_transformer.checkpoints.source import MU, NU, PARAMS, Source
 from mesh_transformer.config import Config
 from mesh_transformer.model.sampling import Choice
+from mesh_transformer.network_rules import MUP
 from mesh_transformer.pod import checks
 from mesh_transformer.pod import prompts as prompting
 from mesh_transformer.session import Evaluation, Generation, Metrics, Position, Restored, Sampling
@@ -32,8 +34,12 @@ from mesh_transformer.training.steps import Continuation, TrainState, make_steps
 # What may differ between a checkpoint and the configuration that reads it: how the model is
 # computed, trained and sampled. All else says which function the weights are the weights of.
 _FREE = {"seq", "encoder_seq", "n_tokens"} | {
-    *("compute_dtype", "remat", "unroll", "attention", "z_loss"),
+    *("compute_dtype", "remat", "unroll", "attention", "z_loss", *MUP),
+    *("dropout_embedding", "dropout_attention", "dropout_residual"),
 }
+
+# Of a checkpoint that is older than the key.
+_BEFORE = {"output_scale": 1.0}
 
 _logger = logging.getLogger(__name__)
 
@@ -250,7 +256,7 @@ class Worker:
             init = jax.jit(optimizer.init, out_shardings=shardings)
             self.state = TrainState(step, params, init(params))
             return
-        if found.format == "native":
+        if isinstance(source, NativeSource):  # and needs nothing cut off
             state, _ = native.restore(found.folder, wanted, config=self.config.to_flat())
             params, opt_state = state.params, state.opt_state
         else:
@@ -290,7 +296,7 @@ class Worker:
 
     def _read_params(self, found: opening.Found, source: Source) -> Any:
         wanted = self.steps.state.params
-        if found.format == "native":  # each process reads its own part
+        if isinstance(source, NativeSource):  # each process reads its own part
             flat = self.config.to_flat()
             return native.restore_params(found.folder, wanted, config=flat, cast=True)
         with self._reading(source, moments=False) as advance, memory_for("weights"):
@@ -319,7 +325,7 @@ class Worker:
         self, stored: Mapping[str, Any], where: str, free: Collection[str] = _FREE
     ) -> None:
         """Refuse weights of another function: of other shapes, or of the same by chance."""
-        model = dataclasses.asdict(self.config.model)
+        model, stored = dataclasses.asdict(self.config.model), {**_BEFORE, **stored}
         problems = [
             f"{key} is {stored[key]!r} there, {value!r} in the configuration"
             for key, value in model.items()

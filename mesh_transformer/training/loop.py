@@ -292,7 +292,12 @@ class _Training:
         self._ledger.now(goodput.COMPILING)
         while self._step < total_steps and not signals.received:
             self._step += 1
-            metrics = self._session.train(next(self._batches))
+            lengths = self._config.lengths
+            if lengths.begins(self._step):  # and compiles: in time of its own
+                self._log_steps()
+                self._ledger.now(goodput.COMPILING)
+            n_tokens = self._config.model.encoder_seq + lengths.at(self._step) + 1
+            metrics = self._session.train(next(self._batches)[..., :n_tokens])
             self._in_flight.append((self._step, metrics))
             self._unvalidated = _due(self._config, self._data, self._step)
             self._validate(signals)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mesh_transformer.config import Config
 from mesh_transformer.model.attention import Cache, implementation_for
 from mesh_transformer.model.decoder import Model, empty_cache, make_model
+from mesh_transformer.model.mup import widths_of
 from mesh_transformer.model.sampling import Choice, choose
 from mesh_transformer.model.weights import Weight
 from mesh_transformer.sharding import COMPUTE, param_dims, shard, spec, stored_spec
@@ -125,7 +126,7 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
         config, model=decided, mesh=dataclasses.replace(config.mesh, zero_stage=stage)
     )
     model = make_model(config.model)
-    optimizer = make_optimizer(config.optimizer, config.model.norm)
+    optimizer = make_optimizer(config.optimizer, config.model.norm, widths_of(config.model))
     state, dims = abstract_state(config, mesh, model, optimizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -192,7 +193,7 @@ def train(
     dims: Any,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one optimizer step."""
-    gradients = accumulate(model, config, state.params, dims, tokens_ABT1, mask_ABT)
+    gradients = accumulate(model, config, state.params, dims, tokens_ABT1, mask_ABT, state.step)
     stage = config.mesh.zero_stage
     mean = jax.tree.map(
         lambda g, letters: jax.lax.with_sharding_constraint(g, stored_spec(letters, stage)),
