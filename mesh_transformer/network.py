@@ -72,7 +72,6 @@ class ModelConfig(Section):
         tie_embeddings: Whether the head's weights are the embeddings.
         embed_norm: Whether embeddings are normalised.
         embed_scale: Factor of embeddings, before positions are added.
-        head_scale: Factor of the last features, before the head.
         d_embed: Features of an embedding, projected to and from d_model. Left out: d_model.
         output_scale: Factor of the logits, before their bias is added. Left out: 1; with muP
             mup_output_alpha mup_base_d_model / d_model.
@@ -133,7 +132,6 @@ class ModelConfig(Section):
     tie_embeddings: bool = False
     embed_norm: bool = False
     embed_scale: Positive = 1.0
-    head_scale: Positive = 1.0
     d_embed: Count = DERIVED
     output_scale: Positive = DERIVED
     mup_base_d_model: Natural = 0

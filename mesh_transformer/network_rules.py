@@ -102,7 +102,6 @@ ORIGINAL: dict[str, Any] = {
     "tie_embeddings": (False,),
     "embed_norm": (False,),
     "embed_scale": (1.0,),
-    "head_scale": (1.0,),
     "d_embed": DERIVED["d_embed"],
     "use_static_sgu": (False,),
     "head_qk_trick": (False,),

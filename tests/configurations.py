@@ -86,6 +86,23 @@ OF_THE_MODEL: list[tuple[dict, str]] = [
         "encoder_layers 2 needs residual 'sequential', not 'parallel'",
     ),
     (
+        {**WITH_ENCODER, "dropout_embedding": 0.1, "dropout_attention": 0.2},
+        "encoder_layers 2 needs dropout_embedding 0.0, not 0.1; dropout_attention 0.0, not 0.2",
+    ),
+    (
+        {**WITH_ENCODER, "dropout_residual": 0.1, "head_qk_trick": True},
+        "encoder_layers 2 needs dropout_residual 0.0, not 0.1; head_qk_trick false, not true",
+    ),
+    (
+        {**WITH_ENCODER, "residual": "parallel", "use_static_sgu": True},
+        "encoder_layers 2 needs residual 'sequential', not 'parallel'; use_static_sgu false, not "
+        "true",
+    ),
+    (
+        WITH_ENCODER | BASE,
+        "encoder_layers 2 needs mup_base_d_model 0, not 32",
+    ),
+    (
         {"encoder_seq": 9},
         "encoder_seq 9 and pad_id 0 are of an encoder, and encoder_layers is 0; set "
         "encoder_layers, or leave them out",
@@ -217,6 +234,10 @@ OF_LENGTHS: list[tuple[dict, str]] = [
         "attention 'splash' takes multiples of 128 tokens, and seq_warmup has stages of 128, 200; "
         "change them or set attention to 'auto'",
     ),
+    (
+        {**WITH_ENCODER, "seq_warmup": [[2, 16]]},
+        "seq_warmup has stages of a decoder alone, and encoder_layers is 2; leave seq_warmup out",
+    ),
 ]
 """And in stages of `seq_warmup`."""
 
@@ -295,7 +316,6 @@ def random_architecture(rng: random.Random, *, heads: int) -> dict:
         "use_static_sgu": False,
         "head_qk_trick": rng.random() < 0.5,
         "embed_scale": 2.0,
-        "head_scale": 0.5,
         "output_scale": 0.25,
         "d_embed": 8,
     }

@@ -106,7 +106,7 @@ _T5 = {
 ENCODER_DECODERS: dict[str, dict[str, Any]] = {
     "t5": {
         **_T5,
-        **{"activation": "relu", "tie_embeddings": True, "head_scale": 32**-0.5, "d_head": 8},
+        **{"activation": "relu", "tie_embeddings": True, "output_scale": 32**-0.5, "d_head": 8},
     },
     "t5 v1.1": {**_T5, "gated": True, "d_ff": 48, "pad_id": 3},
 }

@@ -22,7 +22,7 @@ def test_a_layer_exchanges_one_tensor_more_for_what_it_reads_of_the_encoder() ->
     Nothing is computed anew, which would exchange again what only the next sum of a block needs.
     """
     dp, mp = 2, 4
-    keys = {**small.ENCODER_DECODERS["t5"], **SIZES, "head_scale": D**-0.5}
+    keys = {**small.ENCODER_DECODERS["t5"], **SIZES, "output_scale": D**-0.5}
     keys |= {"gradient_accumulation_steps": A, "cores_per_replica": mp, "remat": "none"}
     steps = make_steps(small.parsed(**keys), make_mesh(dp, mp))
     tokens_ABT1 = jax.ShapeDtypeStruct((A, B * dp, S + T + 1), jnp.int32)

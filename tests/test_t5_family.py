@@ -24,9 +24,9 @@ SMALL, FLAN = "google-t5/t5-small", "google/flan-t5-base"
 def test_both_forms_are_read() -> None:
     first, later = config_keys(published(SMALL)), config_keys(published(FLAN))
     assert (first["activation"], first["gated"]) == ("relu", False)
-    assert (first["tie_embeddings"], first["head_scale"]) == (True, 512**-0.5)
+    assert (first["tie_embeddings"], first["output_scale"]) == (True, 512**-0.5)
     assert (later["activation"], later["gated"]) == ("gelu_new", True)
-    assert (later["tie_embeddings"], later["head_scale"]) == (False, 1.0)
+    assert (later["tie_embeddings"], later["output_scale"]) == (False, 1.0)
     assert (first["encoder_layers"], first["layers"], first["encoder_seq"]) == (6, 6, 512)
     uneven = config_keys(published(SMALL, num_decoder_layers=4, d_kv=32, max_target_positions=99))
     assert (uneven["encoder_layers"], uneven["layers"], uneven["d_head"]) == (6, 4, 32)
@@ -80,7 +80,7 @@ def test_what_is_not_computed_here_is_refused(
 @pytest.mark.parametrize(
     ("keys", "problem"),
     [
-        ({"head_scale": 0.5}, "tie_embeddings is True and head_scale 0.5; T5 has 0.17677"),
+        ({"output_scale": 0.5}, "tie_embeddings is True and output_scale 0.5; T5 has 0.17677"),
         ({"qkv_bias": True}, "qkv_bias is True; T5 has False"),
         ({"gated": True, "activation": "gelu"}, "activation is 'gelu'; gated, T5 has its approx"),
     ],

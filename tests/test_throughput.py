@@ -108,16 +108,20 @@ def operations_of_products(jaxpr: Any) -> int:
     return total
 
 
-@pytest.mark.parametrize("variant", ["", *small.VARIANTS])
+@pytest.mark.parametrize("variant", ["", *small.VARIANTS, *small.ENCODER_DECODERS])
 def test_what_a_model_costs_is_what_its_program_multiplies(variant: str) -> None:
     """Forward and backward, nothing recomputed; the program masks a window, which costs it all."""
     keys = {"layers": 3, "d_head": 8, "d_ff": 24, "remat": "none"}
-    model = small.parsed(**{**small.VARIANTS.get(variant, {}), **keys}).model
+    variants = small.VARIANTS | small.ENCODER_DECODERS
+    model = small.parsed(**{**variants.get(variant, {}), **keys}).model
     tokens_BT = small.tokens(2, model.seq)
     positions_BT = jnp.arange(model.seq)[None]
+    options = {"targets_BT": tokens_BT}
+    if model.encoder_layers:
+        options["sources_BS"] = small.tokens(2, model.encoder_seq)
 
     def loss(params: Any) -> jax.Array:
-        seen, _ = make_model(model).apply(params, tokens_BT, positions_BT, targets_BT=tokens_BT)
+        seen, _ = make_model(model).apply(params, tokens_BT, positions_BT, **options)
         return seen.loss_BT.sum()
 
     params = jax.eval_shape(make_model(model).init, jax.random.key(0))

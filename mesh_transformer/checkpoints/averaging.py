@@ -59,7 +59,7 @@ def _differences(one: Source, other: Source) -> list[str]:
     keys = [
         f"{key} is {one.known.get(key)!r}, and {other.known.get(key)!r} in {other.where}"
         for key in (field.name for field in dataclasses.fields(ModelConfig))
-        if key not in FREE | {"seq"} and one.known.get(key) != other.known.get(key)
+        if key not in FREE | {"seq", "encoder_seq"} and one.known.get(key) != other.known.get(key)
     ]
     ours, theirs = _shapes(one), _shapes(other)
     arrays = [

@@ -31,8 +31,13 @@ class WithLayers:
         """Repeat layers; nothing is read yet.
 
         Raises:
-            CheckpointError: There are more layers than asked for.
+            CheckpointError: There are more layers than asked for, or there is an encoder.
         """
+        if source.known.get("encoder_layers"):
+            raise CheckpointError(
+                f"{source.where} has an encoder of {source.known['encoder_layers']} layers beside "
+                "its decoder's: only a decoder alone is made deeper"
+            )
         found = [key.layer for key in source.arrays if key.layer is not None]
         n_before = max(found, default=-1) + 1
         if not 0 < n_before <= n_layers:

@@ -56,14 +56,14 @@ def _read_head(config: Json, keys: Json) -> Json:
     if scaled and not tied:
         raise ValueError("scale_decoder_outputs is true; computed here with embeddings as the head")
     scale = keys["d_model"] ** -0.5 if scaled and "d_model" in keys else 1.0
-    return {"tie_embeddings": scaled, "head_scale": scale}
+    return {"tie_embeddings": scaled, "output_scale": scale}
 
 
 def _write_head(model: ModelConfig) -> Json:
     scale = model.d_model**-0.5 if model.tie_embeddings else 1.0
-    if model.head_scale != scale:
+    if model.output_scale != scale:
         raise ValueError(
-            f"tie_embeddings is {model.tie_embeddings} and head_scale {model.head_scale}; {{}} has "
+            f"tie_embeddings is {model.tie_embeddings} and output_scale {model.output_scale}; {{}} has "
             f"{scale} there"
         )
     return {"tie_word_embeddings": model.tie_embeddings}
@@ -163,7 +163,7 @@ T5 = Family(
         Derived("encoder_seq seq", _read_lengths, _write_lengths),
         Derived("pad_id", _read_padding, _write_padding),
         Derived("activation gated", _read_feed_forward, _write_feed_forward),
-        Derived("tie_embeddings head_scale", _read_head, _write_head),
+        Derived("tie_embeddings output_scale", _read_head, _write_head),
     ),
     same={"is_encoder_decoder": True},
     ours={

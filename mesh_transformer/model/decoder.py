@@ -88,23 +88,16 @@ class Decoder(hk.Module):
         )
         if cfg.final_norm:
             x_BTD = Norm(cfg, name="final_norm")(x_BTD)
-        if cfg.head_scale != 1:
-            x_BTD = x_BTD * jnp.asarray(cfg.head_scale, x_BTD.dtype)
         # Read outside what backward recomputes: a spread head is then gathered once.
         head, pointers = Unembed(cfg, name="unembed")(table_VE), None
         if cfg.head_qk_trick:
             point = HeadQK(cfg, name="head_qk")
             pointers, cache = point(x_BTD, tokens_BT, positions_BT, cache)
-
-        def predict(x_BTD: jax.Array, head: Head, pointers: Pointers | None) -> jax.Array:
-            logits_BTV = logits(x_BTD, head, cfg.output_scale)
-            return logits_BTV if pointers is None else copied(logits_BTV, pointers, x_BTD.dtype)
-
         if targets_BT is None:
-            return predict(x_BTD, head, pointers), cache
+            return _predicted(cfg, x_BTD, head, pointers), cache
 
         def loss(targets_BT: jax.Array, *features: Any) -> TokenLoss:
-            return next_token_loss(predict(*features), targets_BT)
+            return next_token_loss(_predicted(cfg, *features), targets_BT)
 
         return kept_for_backward(loss, cfg.remat)(targets_BT, x_BTD, head, pointers), cache
 
@@ -121,6 +114,14 @@ def _placed(x_BTD: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> j
     if config.pe == "sinusoidal":
         return x_BTD + sinusoidal(positions_BT, config.d_model).astype(x_BTD.dtype)
     return x_BTD
+
+
+def _predicted(
+    config: ModelConfig, x_BTD: jax.Array, head: Head, pointers: Pointers | None
+) -> jax.Array:
+    """Return the logits of the last features, those of tokens that were seen raised by Head-QK."""
+    logits_BTV = logits(x_BTD, head, config.output_scale)
+    return logits_BTV if pointers is None else copied(logits_BTV, pointers, x_BTD.dtype)
 
 
 def window_of(layer: jax.Array, config: ModelConfig) -> jax.Array | None:

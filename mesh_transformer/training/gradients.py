@@ -140,9 +140,7 @@ def _on_one_replica(
     def objective(receivers: Any, tokens_BT1: jax.Array, mask_BT: jax.Array, key: Any) -> Any:
         params = jax.tree.map(
             lambda weight, receiver, letters: Weight(weight, receiver, letters, stage >= SPREAD),
-            weights,
-            receivers,
-            dims,
+            *(weights, receivers, dims),
         )
         seen = score(model, params, tokens_BT1, key)
         nll = (seen.loss_BT * mask_BT).sum() / n_valid
