@@ -92,6 +92,21 @@ def test_a_model_is_not_made_shallower() -> None:
     )
 
 
+def test_a_model_with_an_encoder_has_a_mean_but_is_not_made_deeper() -> None:
+    model = small.parsed(**small.ENCODER_DECODERS["t5"]).model
+    one, other = (memory_source.of_model(model, seed=seed) for seed in (1, 2))
+    one.known, other.known = {"encoder_seq": 20}, {"encoder_seq": 10}  # lengths, of no matter
+    key = Key(PARAMS, "encoder/layers/block/attention/q/w", 1)
+    expected = (one.contents[key] + other.contents[key]) / 2
+    np.testing.assert_allclose(Mean([one, other]).read(key), expected, rtol=0, atol=5e-7)
+    with pytest.raises(CheckpointError) as caught:
+        WithLayers(one, 8)
+    assert str(caught.value) == (
+        f"{one.where} has an encoder, whose layers are no decoder's: only models without one are "
+        "made deeper"
+    )
+
+
 def test_the_mean_is_numpy_s_in_float32_whatever_the_type_stored() -> None:
     dtypes = (np.float32, np.float16, conversion.BFLOAT16)
     sources = [

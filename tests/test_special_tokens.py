@@ -10,6 +10,7 @@ from typing import Any
 
 import memory_source
 import numpy as np
+import pairs_of_texts
 import pytest
 import small
 from tokenizers import Tokenizer as Backend
@@ -23,6 +24,7 @@ from mesh_transformer.checkpoints import huggingface
 from mesh_transformer.checkpoints.families import config_json
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.data import DataError, documents, packing, prepare, tokenizer, tokenizer_files
+from mesh_transformer.data.batches import RecordSet
 from mesh_transformer.data.encoding import Encoder, encode_to
 from mesh_transformer.data.tokenizer import byte_alphabet
 from mesh_transformer.serving import loading, text
@@ -142,6 +144,28 @@ def test_a_prompt_begins_as_a_document_does(
     ]
 
 
+@pytest.mark.parametrize(("bos_token", "begin"), [("<s>", [BOS]), ("</s>", [])])
+def test_what_an_encoder_is_fed_begins_and_ends_as_its_records_inputs_do(
+    bos_token: str, begin: list[int], tmp_path: pathlib.Path
+) -> None:
+    """And outputs begin with padding alone."""
+    about = {"eos_token": "</s>", "bos_token": bos_token, "add_bos_token": True}
+    loaded = tokenizer.load(a_folder(tmp_path / "tokenizer", about))
+    inputs, n = ["ab", "", "0123456789"], 7
+    path = pairs_of_texts.write(tmp_path / "pairs.jsonl", dict.fromkeys(inputs, "cd"))
+    options = prepare.Options(seq=4, encoder_seq=n, pad_id=0, preserve_data_order=True)
+    made = prepare.create(path, "set", loaded, options, output_dir=tmp_path, workers=1)
+    records = RecordSet(str(made.path), seq=4, encoder_seq=n, n_vocab=258, tokenizer=loaded)
+    ((tokens_BT1, _),) = records.read((0, 0), 3, repeat=False)
+    model = Echo()
+    for prompt in inputs:
+        given = {"max_new_tokens": 3, "seq": 4, "encoder_seq": n}
+        list(text.continuation(model, loaded, prompt, Sampling(), **given))
+    assert model.prompts == [[i for i in row if i] for row in tokens_BT1[:, :n].tolist()]
+    assert model.prompts[:2] == [[*begin, *b"ab", EOS], [*begin, EOS]]
+    assert tokens_BT1[:, n:].tolist() == [[0, *b"cd", EOS, 0]] * 3
+
+
 def a_model(folder: pathlib.Path, **said: Any) -> str:
     """Write a random model beside a tokenizer of bytes, and what its files say of its end."""
     keys = {**small.VARIANTS["llama"], "n_vocab": 264, "seq": 24}
@@ -205,6 +229,11 @@ def test_a_folder_that_is_written_names_the_tokens_that_it_was_made_with(
         EOS,
     )
     assert tokenizer.load(str(tmp_path / "b")).fingerprint == loaded.fingerprint
+    (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": 9, "pad_token_id": 8}')
+    tokenizer_files.write(str(tmp_path / "b"), loaded, 264, start_id=5)
+    said = json.loads((tmp_path / "b" / "generation_config.json").read_text())
+    ids = {key: value for key, value in said.items() if key.endswith("token_id")}
+    assert ids == {"eos_token_id": 9, "pad_token_id": 5, "decoder_start_token_id": 5}
     model = config.ModelConfig(layers=1, d_model=8, n_heads=2, n_vocab=264, seq=8, pe="rotary")
     written = config_json(model, np.dtype(np.float32), eot_id=loaded.eot_id, bos_id=loaded.bos_id)
     assert (written["bos_token_id"], written["eos_token_id"]) == (BOS, EOS)

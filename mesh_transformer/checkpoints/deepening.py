@@ -33,10 +33,10 @@ class WithLayers:
         Raises:
             CheckpointError: There are more layers than asked for, or there is an encoder.
         """
-        if source.known.get("encoder_layers"):
+        if any(key.path.startswith("encoder/") for key in source.arrays):
             raise CheckpointError(
-                f"{source.where} has an encoder of {source.known['encoder_layers']} layers beside "
-                "its decoder's: only a decoder alone is made deeper"
+                f"{source.where} has an encoder, whose layers are no decoder's: only models "
+                "without one are made deeper"
             )
         found = [key.layer for key in source.arrays if key.layer is not None]
         n_before = max(found, default=-1) + 1

@@ -43,7 +43,7 @@ def _write_feed_forward(model: ModelConfig) -> Json:
 
 
 def _read_head(config: Json, keys: Json) -> Json:
-    """Read whether the head is the embeddings, which T5 then has smaller features before.
+    """Read whether the head is the embeddings, which T5 then has smaller logits of.
 
     Releases of `transformers` from 5 on write `tie_word_embeddings` true for all models, and
     `scale_decoder_outputs` false for those with a head of their own.
@@ -63,8 +63,8 @@ def _write_head(model: ModelConfig) -> Json:
     scale = model.d_model**-0.5 if model.tie_embeddings else 1.0
     if model.output_scale != scale:
         raise ValueError(
-            f"tie_embeddings is {model.tie_embeddings} and output_scale {model.output_scale}; {{}} has "
-            f"{scale} there"
+            f"tie_embeddings is {model.tie_embeddings} and output_scale {model.output_scale}; {{}} "
+            f"has {scale} there"
         )
     return {"tie_word_embeddings": model.tie_embeddings}
 
