@@ -327,7 +327,7 @@ class Worker:
         problems = [
             f"{key} is {stored[key]!r} there, {value!r} in the configuration"
             for key, value in model.items()
-            if key not in free and stored.get(key, value) != value
+            if key not in free and not _same(stored.get(key, value), value)
         ]
         if problems:
             heading = f"{where} is of another model; mend the configuration, or read another:"
@@ -380,3 +380,10 @@ class Worker:
         while bucket < n_positions:
             bucket *= 2
         return min(bucket, self.config.model.seq)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether values are equal: numbers as float32, in which some formats keep them."""
+    if isinstance(one, float) and isinstance(other, float):
+        return bool(np.float32(one) == np.float32(other))
+    return bool(one == other)
