@@ -6,7 +6,15 @@
 The first argument is a Hugging Face folder, of any size that this machine has memory for. Its
 logits and its greedy continuations of 20 prompts are compared with those of `transformers`, in
 float32; it is tuned on the source code of Python's standard library; what comes out is written as a
-Hugging Face folder, which `transformers` must compute alike. Needs the extra [parity].
+Hugging Face folder, which `transformers` must compute alike. Needs the extra [parity]; with few
+cores OMP_NUM_THREADS=1 keeps its threads from waiting for each other.
+
+Of SmolLM2-135M-Instruct, from weights of 4 bits (Q4_1) made float32, on two CPU cores that other
+programs shared, one replica over 1 device, and over 3 with 9 heads and 3 heads of keys: logits
+within 1.7e-4 and 1.1e-4, all 20 continuations equal. 50 steps over 1 device took the validation
+loss from 2.372 to 2.256, 2.213, 2.178, 2.167 and 2.161 nats per token, and what was written then
+differed by 1.5e-4; all of it took 29 minutes, 7 of computing. 10 steps over 3 (`--steps 10`) went
+to 2.315, 2.274, 2.260, 2.255 and 2.252.
 """
 
 from __future__ import annotations
@@ -129,6 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--seq", type=int, default=128, help="tokens of a sequence (128)")
     add("--library", type=Path, default=Path(sysconfig.get_path("stdlib")), help="text to tune on")
     args = parser.parse_args(arguments)
+    jax.config.update("jax_num_cpu_devices", args.cores)  # before reading the folder starts JAX
     run = run_of(args.folder, args.output, cores=args.cores, steps=args.steps, seq=args.seq)
     make_data(run, args.library, args.output)
 

@@ -329,7 +329,7 @@ class Worker:
         problems = [
             f"{key} is {stored[key]!r} there, {value!r} in the configuration"
             for key, value in model.items()
-            if key not in free and stored.get(key, value) != value
+            if key not in free and not _same(stored.get(key, value), value)
         ]
         if problems:
             heading = f"{where} is of another model; mend the configuration, or read another:"
@@ -369,3 +369,10 @@ class Worker:
             done_B=self._on_mesh(laid.done_B, "B"),
             cache=self.steps.prefill(weights, self._on_mesh(laid.fed_BT, "BT"), n_slots),
         )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether values are equal: numbers as float32, in which some formats keep them."""
+    if isinstance(one, float) and isinstance(other, float):
+        return bool(np.float32(one) == np.float32(other))
+    return bool(one == other)
