@@ -301,6 +301,7 @@ def test_every_key_of_a_model_is_free_or_held_to_what_the_original_computes() ->
     programs = {"compute_dtype", "remat", "unroll", "attention"}
     others = {"pe_scaling_factors", "window_every", "z_loss"}  # of another key, or of training
     others |= {"dropout_embedding", "dropout_attention", "dropout_residual"}
+    others |= {*network_rules.MUP, "encoder_seq", "pad_id"}  # of muP, of an encoder
     keys = {field.name for field in dataclasses.fields(ModelConfig)}
     assert keys == set(network_rules.ORIGINAL) | sizes | programs | others
     plain = small.parsed().model
