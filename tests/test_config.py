@@ -37,21 +37,9 @@ ORIGINAL_6B = {
 
 def closed_formula(flat: dict) -> int:
     """Parameters of a GPT-J: embedding with bias, blocks with one norm, norm and untied head."""
-    if "encoder_layers" in flat:
-        return formula_of_t5(flat)
     d, f, v = flat["d_model"], 4 * flat["d_model"], flat["n_vocab"]
     block = 4 * d * d + 2 * d * f + f + d + 2 * d
     return (v * d + d) + flat["layers"] * block + (2 * d + d * v + v)
-
-
-def formula_of_t5(flat: dict) -> int:
-    """Parameters of a T5 with a tied head: embedding, two stacks with a table and a norm each."""
-    d, f, width = flat["d_model"], flat["d_ff"], flat["n_heads"] * flat["d_head"]
-    attention, stack = 4 * d * width, 32 * flat["n_heads"] + d
-    encoder = flat["encoder_layers"] * (attention + 2 * d * f + 2 * d) + stack
-    return (
-        flat["n_vocab"] * d + encoder + flat["layers"] * (2 * attention + 2 * d * f + 3 * d) + stack
-    )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

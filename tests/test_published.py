@@ -46,7 +46,7 @@ def test_every_published_model_has_one_file() -> None:
 
 
 def test_no_module_but_their_own_knows_one_family_from_another() -> None:
-    theirs = {"families.py", "gpt_families.py", "llama_families.py"}
+    theirs = {"families.py", "gpt_families.py", "llama_families.py", "t5_family.py"}
     named = re.compile("|".join(family.architecture for family in FAMILIES))
     package = pathlib.Path(mesh_transformer.__file__).parent
     found = {path.name for path in package.rglob("*.py") if named.search(path.read_text())}
@@ -63,7 +63,7 @@ def test_a_file_is_the_model_that_its_config_json_describes(path: pathlib.Path) 
     if n_rows:  # of which the tokenizer tells the model that they are no tokens
         assert model.n_tokens == model.n_vocab - n_rows
     seq, longest = ours.pop("seq"), theirs.pop("seq")
-    assert seq == longest or (seq < longest and model.pe.startswith("rotary"))
+    assert seq == longest or (seq < longest and model.pe.startswith(("rotary", "t5")))
     assert ours == theirs
 
 
