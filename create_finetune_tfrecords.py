@@ -19,8 +19,10 @@ Turn text into a data set for training: tokenise documents, shuffle them, cut th
 The input is a file or a folder of files: .txt, .jsonl, .jsonl.zst, .xz or .tar.gz. A text is a
 document, or several with the tokenizer's end of text (<|endoftext|>) between them; a line of JSON
 is a string or an object with "text"; every file in an archive is a text. Every document is ended
-by an end of text. Writes NAME_{number of sequences}.tfrecords, a .json file beside it that says how
-it was made, and NAME.index, which is what train_set and val_set of a configuration name.
+by an end of text, and begun as its tokenizer's files say. With --encoder-seq lines of JSON are
+objects with "in_text" and "out_text", and a sequence is one pair of them. Writes
+NAME_{number of sequences}.tfrecords, a .json file beside it that says how it was made, and
+NAME.index, which is what train_set and val_set of a configuration name.
 """
 
 
@@ -35,6 +37,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--index", type=Path, help="index file to write (OUTPUT_DIR/NAME.index)")
     add("--tokenizer", default="gpt2", help="gpt2, bytes, a tokenizer.json, a Hugging Face name")
     add("--seq", type=int, default=2048, help="tokens to predict per sequence (2048)")
+    add("--encoder-seq", type=int, default=0, help="pairs: tokens of an input, for an encoder (0)")
+    add("--pad-id", type=int, default=0, help="pairs: the token that fills them up (0)")
     add("--normalize-with-ftfy", action="store_true", help="repair broken encodings; NFKC")
     add("--normalize-with-wikitext-detokenize", action="store_true", help="mend WikiText's spaces")
     add("--min-unique-tokens", type=int, default=0, help="drop sequences with fewer; try 200 (0)")

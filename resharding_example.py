@@ -24,7 +24,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--input", required=True, metavar="PATH", help="the checkpoint to read")
+    add("--input", required=True, nargs="+", metavar="PATH", help="to read; of several, their mean")
     add("--config", help="of the run that wrote it; mesh-transformer-jax's hold none")
     add("--output", metavar="PATH", help="folder to write, of one checkpoint; of a run for native")
     formats = ("native", "original", "slim", "hf")
@@ -32,6 +32,7 @@ def main() -> int:
     add("--shards", type=int, default=1, metavar="N", help="of original and slim; %(default)s")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights; as they are")
     add("--n-vocab", type=int, metavar="N", help="rows of the vocabulary, padded or cut")
+    add("--layers", type=int, metavar="N", help="of a deeper model to begin, by repeating layers")
     add("--file-gb", type=float, default=5.0, metavar="GB", help="of hf's files; %(default)s")
     add("--overwrite", action="store_true", help="replace what is at --output, once all is done")
     add("--verify", action="store_true", help="read everything and compare its checksums")
@@ -39,6 +40,8 @@ def main() -> int:
     args = parser.parse_args()
     if not (args.output or args.verify or args.prompt):
         parser.error("say what to do: --output PATH, --verify or --prompt TEXT")
+    if (args.layers and not args.output) or (args.prompt and (args.layers or args.input[1:])):
+        parser.error("--layers needs --output, and --prompt samples from one --input as it is")
     warnings.simplefilter("ignore", config.ConfigWarning)  # they concern training
     run = config.load(args.config) if args.config else None
 
@@ -46,15 +49,16 @@ def main() -> int:
     from mesh_transformer.checkpoints.conversion import Conversion
     from mesh_transformer.serving import loading
 
-    found, source, run = resharding.open_checkpoint(args.input, run)
-    if args.verify:
+    opened = [resharding.open_checkpoint(path, run) for path in args.input]
+    for found, source, _ in opened if args.verify else ():
         resharding.verify(found, source)
     if args.output:
+        source, run = resharding.combined(opened, args.output, args.layers)
         keys = {"n_shards": args.shards, "n_vocab": args.n_vocab, "file_gb": args.file_gb}
         what = Conversion(format=args.format, dtype=args.dtype, **keys)
         resharding.write(source, run, args.output, what, overwrite=args.overwrite)
     if args.prompt:
-        model = loading.load(args.input, run)
+        model = loading.load(args.input[0], run)
         print(args.prompt, end="", flush=True)
         for piece in model.continuation(args.prompt, Sampling(temperature=0.75, top_p=0.9)):
             print(piece, end="", flush=True)

@@ -14,7 +14,7 @@ import argparse
 import numpy as np
 
 from mesh_transformer import config, progress
-from mesh_transformer.checkpoints import conversion, original
+from mesh_transformer.checkpoints import conversion, original_writer, places
 from mesh_transformer.checkpoints.fitting import model_arrays
 from mesh_transformer.checkpoints.npz import BFLOAT16
 from mesh_transformer.checkpoints.source import Array, Counts, Key
@@ -50,9 +50,9 @@ def main() -> None:
     total = conversion.plan(source, what).n_bytes
     with (
         progress.stage("Making", total) as advance,
-        conversion.becoming(args.output, total, overwrite=False) as folder,
+        places.becoming(args.output, total, overwrite=False) as folder,
     ):
-        original.write(
+        original_writer.write(
             folder,
             source,
             run.model,

@@ -23,6 +23,7 @@ from mesh_transformer.sections import (
     BatchConfig,
     CheckpointConfig,
     DataConfig,
+    Lengths,
     MeshConfig,
     OptimizerConfig,
     PodConfig,
@@ -59,10 +60,7 @@ class Config:
         `parse` makes an equal Config of it.
         """
         given = {key: value for key, value in self._flat().items() if value is not None}
-        return {
-            key: list(value) if isinstance(value, tuple) else copy.copy(value)
-            for key, value in given.items()
-        }
+        return {key: _plain(value) for key, value in given.items()}
 
     def replicas(self, n_devices: int) -> int:
         """Copies of the model that `n_devices` hold: the size of the mesh axis "dp"."""
@@ -90,9 +88,18 @@ class Config:
         """Sequences that one optimizer step consumes."""
         return self.global_batch(n_devices) * self.batch.gradient_accumulation_steps
 
+    @property
+    def lengths(self) -> Lengths:
+        """Tokens of each sequence that each optimizer step trains on."""
+        return Lengths(self.model.seq, self.batch.seq_warmup)
+
     def tokens_per_step(self, n_devices: int) -> int:
-        """Tokens that one optimizer step predicts."""
+        """Tokens that one optimizer step predicts, after stages of `seq_warmup`."""
         return self.sequences_per_step(n_devices) * self.model.seq
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, tuple) else copy.copy(value)
 
 
 SECTIONS: dict[str, Any] = typing.get_type_hints(Config)

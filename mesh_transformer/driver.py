@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from mesh_transformer.checkpoints import retention
 from mesh_transformer.config import Config
 from mesh_transformer.errors import UserError
 from mesh_transformer.pod.cluster import Cluster
@@ -53,6 +54,7 @@ def train(
         UserError: Something is wrong that the user can mend, or hosts were lost too often in a row.
     """
     loop.check_tasks(config)
+    retention.check_kept(config.checkpoint.root)
     ledger = goodput.Ledger()
     data_for = functools.cache(functools.partial(loop.Data, config))
     if n_devices := config.mesh.tpu_size or pod.n_devices:

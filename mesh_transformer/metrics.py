@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -26,6 +27,7 @@ from typing import Any
 
 from mesh_transformer import metrics_file, noise_scale, progress, storage, throughput, trackers
 from mesh_transformer.config import Config
+from mesh_transformer.sections import Lengths
 from mesh_transformer.session import Metrics
 
 _logger = logging.getLogger(__name__)
@@ -38,17 +40,20 @@ class BatchSizes:
     Attributes:
         sequences: Sequences in the whole batch: microbatches x replicas x sequences of each.
         micro_sequences: Sequences behind one microbatch gradient of one replica.
-        tokens_per_sequence: Tokens that are trained on in a sequence.
+        lengths: Tokens that each step trains on in a sequence.
     """
 
     sequences: int
     micro_sequences: int
-    tokens_per_sequence: int
+    lengths: Lengths
 
-    @property
-    def tokens(self) -> int:
-        """Tokens trained on in one optimizer step."""
-        return self.sequences * self.tokens_per_sequence
+    def tokens(self, step: int) -> int:
+        """Return the tokens that an optimizer step trains on."""
+        return self.sequences * self.lengths.at(step)
+
+    def tokens_through(self, step: int) -> int:
+        """Return the tokens that steps 1 to `step` train on."""
+        return self.sequences * self.lengths.through(step)
 
 
 class MetricsLog:
@@ -63,7 +68,8 @@ class MetricsLog:
         step: The step that was restored. Lines of later steps are dropped, as those steps will be
             taken again; 0 begins a new log.
         noise_scale_alpha: Weight of the newest estimate in the running noise scale.
-        flops_per_token: As `throughput.train_flops_per_token` counts; None leaves MFU unknown.
+        flops_per_token: As `throughput.train_flops_per_token` counts, of sequences of a length;
+            None leaves MFU unknown.
         peak_flops_per_second: Of all devices together; None leaves MFU unknown.
         sinks: Started trackers, closed with the log.
         shown: Shows the run to a person; by default a bar on a terminal, lines elsewhere.
@@ -79,7 +85,7 @@ class MetricsLog:
         batch: BatchSizes,
         step: int = 0,
         noise_scale_alpha: float = 0.01,
-        flops_per_token: float | None = None,
+        flops_per_token: Callable[[int], float] | None = None,
         peak_flops_per_second: float | None = None,
         sinks: Sequence[trackers.Tracker] = (),
         shown: progress.Progress | None = None,
@@ -136,11 +142,11 @@ class MetricsLog:
             batch=BatchSizes(
                 sequences=config.sequences_per_step(n_devices),
                 micro_sequences=_micro_sequences(config, n_devices),
-                tokens_per_sequence=config.model.seq,
+                lengths=config.lengths,
             ),
             step=step,
             noise_scale_alpha=config.run.noise_scale_alpha,
-            flops_per_token=throughput.train_flops_per_token(config.model),
+            flops_per_token=functools.partial(throughput.train_flops_per_token, config.model),
             peak_flops_per_second=None if peak is None else n_devices * peak,
             sinks=trackers.start(config, step),
             pod=pod,
@@ -171,9 +177,10 @@ class MetricsLog:
             raise ValueError(f"metrics of step {step} follow those of step {self._step}")
         self._step = step
         self._sequences += self._batch.sequences
-        self._tokens += self._batch.tokens
-        seconds = self._pace.tick()
-        rate = self._batch.tokens / seconds if seconds else None
+        tokens = self._batch.tokens(step)
+        self._tokens += tokens
+        seconds = self._pace.tick(tokens, compiled=self._batch.lengths.begins(step))
+        rate = tokens / seconds if seconds else None
         pod = self._pod() if self._pod else None
         self._write(
             {
@@ -244,7 +251,8 @@ class MetricsLog:
         if missing:
             _logger.warning("%s lacks steps %d to %d", path, last["step"] + 1, self._step)
         self._sequences = last["sequences_processed"] + missing * self._batch.sequences
-        self._tokens = last["tokens_processed"] + missing * self._batch.tokens
+        tokens = self._batch.tokens_through(self._step) - self._batch.tokens_through(last["step"])
+        self._tokens = last["tokens_processed"] + tokens
         for line in steps:
             self._take_noise(line["noise/G_noise"], line["noise/S_noise"])
 
@@ -271,7 +279,7 @@ class MetricsLog:
             "noise/G_noise_avg": average and average.g_squared,
             "noise/S_noise_avg": average and average.s,
             "noise/B_simple": b_simple,
-            "noise/B_simple_tokens": b_simple and b_simple * self._batch.tokens_per_sequence,
+            "noise/B_simple_tokens": b_simple and b_simple * self._batch.lengths.at(self._step),
         }
 
     def _take_noise(self, g_squared: float | None, s: float | None) -> None:
@@ -281,13 +289,15 @@ class MetricsLog:
     def _mfu(self, tokens_per_second: float | None) -> float | None:
         if tokens_per_second is None or self._flops_per_token is None:
             return None
-        return throughput.mfu(tokens_per_second, self._flops_per_token, self._peak_flops_per_second)
+        flops = self._flops_per_token(self._batch.lengths.at(self._step))
+        return throughput.mfu(tokens_per_second, flops, self._peak_flops_per_second)
 
     def _show(self, metrics: Metrics, pod: progress.PodStatus | None) -> None:
         seconds = self._pace.recent_seconds
-        rate = self._batch.tokens / seconds if seconds else None
-        wall = self._pace.wall_seconds
-        left = self._total_steps - self._step
+        rate = self._batch.tokens(self._step) / seconds if seconds else None
+        wall = self._pace.wall_seconds  # of a token
+        left = self._batch.tokens_through(self._total_steps)
+        left -= self._batch.tokens_through(self._step)
         status = progress.Status(
             loss=float(metrics["loss"]),
             learning_rate=float(metrics["lr"]),

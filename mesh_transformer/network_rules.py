@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mesh_transformer.encoder_rules import ENCODER_RULES
 from mesh_transformer.relations import Rule, apply, divisors, next_multiple, unless
 from mesh_transformer.schema import shown
 
@@ -25,8 +26,22 @@ SCALING_FACTORS = {
     "yarn": ("factor", "original_max_position_embeddings"),
 }
 
+MUP: dict[str, Any] = {
+    **{"mup_base_d_model": 0, "mup_base_d_ff": 0, "mup_base_d_head": 0},
+    **{"mup_attention_alpha": 1.0, "mup_output_alpha": 1.0},
+}
+"""The keys of muP, as they are in the standard parametrisation. They say how a model is trained;
+what it computes `attention_scale` and `output_scale` say, which follow from them."""
 
-def _d_head(d_model: int, n_heads: int) -> int:
+
+def _d_head(d_model: int, n_heads: int, use_static_sgu: bool = False) -> int:
+    if use_static_sgu:
+        if d_model % (2 * n_heads):
+            raise ValueError(
+                f"n_heads {n_heads} does not divide half of d_model {d_model}, which attention is "
+                "of beside use_static_sgu; change one of them or set d_head"
+            )
+        return d_model // 2 // n_heads
     if d_model % n_heads:
         raise ValueError(
             f"n_heads {n_heads} does not divide d_model {d_model}; change one of them or set d_head"
@@ -34,18 +49,30 @@ def _d_head(d_model: int, n_heads: int) -> int:
     return d_model // n_heads
 
 
+def _attention_scale(d_head: int, mup_base_d_head: int, mup_attention_alpha: float) -> float:
+    base = mup_base_d_head or d_head
+    return mup_attention_alpha * d_head**-0.5 * (base / d_head) ** 0.5
+
+
+def _output_scale(d_model: int, mup_base_d_model: int, mup_output_alpha: float) -> float:
+    return mup_output_alpha * (mup_base_d_model or d_model) / d_model
+
+
 DERIVED: dict[str, Callable[..., Any]] = {
     "d_head": _d_head,
     "d_ff": lambda d_model: 4 * d_model,
     "d_embed": lambda d_model: d_model,
     "n_kv_heads": lambda n_heads: n_heads,
-    "attention_scale": lambda d_head: d_head**-0.5,
+    "attention_scale": _attention_scale,
+    "output_scale": _output_scale,
     "pe_rotary_dims": lambda pe, d_head: d_head if pe.startswith("rotary") else 0,
+    "encoder_seq": lambda encoder_layers, seq: seq if encoder_layers else 0,
     "n_tokens": lambda n_vocab, tokenizer="": min(n_vocab, TOKENIZER_SIZES.get(tokenizer, n_vocab)),
 }
 
 
 ORIGINAL: dict[str, Any] = {
+    "encoder_layers": (0,),
     "residual": ("parallel",),
     "norm": (
         *("layernorm", "layernorm-nobias", "layernorm-desync"),
@@ -57,6 +84,8 @@ ORIGINAL: dict[str, Any] = {
     "pe_theta": (10_000.0,),
     "pe_scaling": ("none",),
     "pe_offset": (0,),
+    "pe_buckets": (32,),
+    "pe_max_distance": (128,),
     "d_head": DERIVED["d_head"],
     "n_kv_heads": DERIVED["n_kv_heads"],
     "window": (0,),
@@ -74,6 +103,10 @@ ORIGINAL: dict[str, Any] = {
     "embed_norm": (False,),
     "embed_scale": (1.0,),
     "d_embed": DERIVED["d_embed"],
+    "use_static_sgu": (False,),
+    "head_qk_trick": (False,),
+    "output_scale": (1.0,),
+    "mup_base_d_model": (0,),
 }
 """What mesh-transformer-jax's first model computes: each key's values, or what it follows from."""
 FUSED = {key: theirs for key, theirs in ORIGINAL.items() if key != "d_head"} | {
@@ -85,6 +118,26 @@ FUSED = {key: theirs for key, theirs in ORIGINAL.items() if key != "d_head"} | {
 """What its second model computes."""
 
 
+def is_windowed(window: int, seq: int) -> bool:
+    """Say whether a window hides anything: one as long as what is fed does not."""
+    return 0 < window < seq
+
+
+FORK = {
+    key: theirs
+    for key, theirs in ORIGINAL.items()
+    if key not in ("final_norm", "window", "attention_scale", "activation", "d_embed")
+} | {
+    "residual": ("sequential", "parallel-untied", "post-norm"),
+    "norm": ("layernorm", "layernorm-nobias"),
+    "pe": ("rotary", "rotary-half", "fixed", "sinusoidal", "alibi"),
+    **dict.fromkeys(("qkv_bias", "o_bias", "tie_embeddings", "embed_norm"), (False, True)),
+    "embed_bias": (False,),
+    "head_bias": (False,),
+}
+"""What the KoboldAI fork computes for `compat` neo, opt, neox and bloom."""
+
+
 def unlike(theirs: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
     """Say of each key of a model what `ORIGINAL` or `FUSED` has instead of its value."""
     problems = []
@@ -92,7 +145,7 @@ def unlike(theirs: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
         if key not in values:
             continue
         try:
-            allowed = (apply(kept, values),) if callable(kept) else kept
+            allowed = (apply(kept, {**values, **MUP}),) if callable(kept) else kept
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -112,8 +165,72 @@ def _as_the_original(original_shards: int, **keys: Any) -> str | None:
     return f"{start}{'; '.join(problems)}; leave original_shards out"
 
 
+def _whole_base(mup_base_d_model: int, mup_base_d_ff: int, mup_base_d_head: int) -> str | None:
+    base = {
+        "mup_base_d_model": mup_base_d_model,
+        "mup_base_d_ff": mup_base_d_ff,
+        "mup_base_d_head": mup_base_d_head,
+    }
+    given, lacking = [key for key in base if base[key]], [key for key in base if not base[key]]
+    return unless(
+        not given or not lacking,
+        f"{' and '.join(given)} without {' and '.join(lacking)}: muP needs all three sizes of the "
+        "base; give them or none",
+    )
+
+
+def _follows(key: str, formula: str, alpha: str) -> Rule:
+    """Return the rule that a scale is what muP makes it, if the model has a base."""
+
+    def rule(mup_base_d_model: int, **keys: Any) -> str | None:
+        keys["mup_base_d_model"] = mup_base_d_model
+        meant = apply(DERIVED[key], keys)
+        return unless(
+            not mup_base_d_model or meant is None or keys.get(key) in (None, meant),
+            f"{key} {keys.get(key)} is not what muP makes it, {formula} = {meant}; leave it out "
+            f"and set {alpha}",
+        )
+
+    return rule
+
+
+MUP_RULES: tuple[Rule, ...] = (
+    _whole_base,
+    _follows(
+        *("attention_scale", "mup_attention_alpha sqrt(mup_base_d_head) / d_head"),
+        "mup_attention_alpha",
+    ),
+    _follows("output_scale", "mup_output_alpha mup_base_d_model / d_model", "mup_output_alpha"),
+    lambda mup_base_d_model, mup_attention_alpha: unless(
+        mup_base_d_model > 0 or mup_attention_alpha == 1,
+        f"mup_attention_alpha {mup_attention_alpha} is of muP, and there is no mup_base_d_model; "
+        "give one, or set attention_scale",
+    ),
+    lambda mup_base_d_model, mup_output_alpha: unless(
+        mup_base_d_model > 0 or mup_output_alpha == 1,
+        f"mup_output_alpha {mup_output_alpha} is of muP, and there is no mup_base_d_model; give "
+        "one, or set output_scale",
+    ),
+    lambda mup_base_d_model, norm: unless(
+        mup_base_d_model == 0 or norm.startswith(("layernorm", "rmsnorm-mean")),
+        f"norm {norm!r} has a scale that is as large as the root of d_model, which muP keeps from "
+        "growing; set norm to 'layernorm' or 'rmsnorm-mean', or leave the mup keys out",
+    ),
+    lambda mup_base_d_model, head_qk_trick: unless(
+        mup_base_d_model == 0 or not head_qk_trick,
+        "head_qk_trick has as many features at any d_model, and muP has no rule for them; leave it "
+        "out, or the mup keys",
+    ),
+    lambda mup_base_d_model, d_embed, d_model: unless(
+        mup_base_d_model == 0 or d_embed == d_model,
+        f"d_embed {d_embed} is not d_model {d_model}, and muP has no rule for what projects one "
+        "to the other; leave d_embed out, or the mup keys",
+    ),
+)
 IMPOSSIBLE: tuple[Rule, ...] = (
     _as_the_original,
+    *ENCODER_RULES,
+    *MUP_RULES,
     lambda n_heads, cores_per_replica: unless(
         n_heads % cores_per_replica == 0,
         f"cores_per_replica {cores_per_replica} does not divide n_heads {n_heads}; "
@@ -167,10 +284,45 @@ IMPOSSIBLE: tuple[Rule, ...] = (
         residual != "post-norm" or not final_norm,
         "residual 'post-norm' ends with a norm, so that final_norm must be false",
     ),
-    lambda window, attention: unless(
-        window == 0 or attention in ("auto", "xla"),
+    lambda window, seq, attention: unless(
+        not is_windowed(window, seq) or attention in ("auto", "xla"),
         f"attention {attention!r} sees all slots before a query, not a window of {window}; set "
         "attention to 'auto' or 'xla'",
+    ),
+    lambda window, window_every: unless(
+        window > 0 or window_every == 1,
+        f"window_every {window_every} has no effect without a window; set window or leave "
+        "window_every out",
+    ),
+    lambda pe, pe_offset: unless(
+        pe == "fixed" or pe_offset == 0,
+        f"pe_offset {pe_offset} is of the table that pe 'fixed' has, and pe is {pe!r}; leave "
+        "pe_offset out",
+    ),
+    lambda pe, pe_theta: unless(
+        pe.startswith("rotary") or pe_theta == 10_000,
+        f"pe_theta {pe_theta} is of rotary positions, and pe is {pe!r}; leave pe_theta out",
+    ),
+    lambda pe, pe_scaling: unless(
+        pe.startswith("rotary") or pe_scaling == "none",
+        f"pe_scaling {pe_scaling!r} is of rotary positions, and pe is {pe!r}; leave pe_scaling out",
+    ),
+    lambda dropout_attention, attention: unless(
+        dropout_attention == 0 or attention in ("auto", "xla"),
+        f"attention {attention!r} drops no weights, and dropout_attention is {dropout_attention}; "
+        "set attention to 'auto' or 'xla'",
+    ),
+    lambda use_static_sgu, residual: unless(
+        not use_static_sgu or residual == "parallel",
+        f"use_static_sgu splits what a parallel block reads, and residual is {residual!r}; set "
+        "residual to 'parallel'",
+    ),
+    lambda use_static_sgu, d_model, zero_stage, tpu_size=1, cores_per_replica=1: unless(
+        not use_static_sgu
+        or d_model % (2 * (max(1, tpu_size // cores_per_replica) if zero_stage else 1)) == 0,
+        f"use_static_sgu halves d_model {d_model}, and zero_stage {zero_stage} spreads halves over "
+        f"{max(1, tpu_size // cores_per_replica)} replica(s), which do not divide them; change "
+        "d_model",
     ),
     lambda n_tokens, n_vocab: unless(
         n_tokens <= n_vocab,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from mesh_transformer import progress, storage
-from mesh_transformer.checkpoints import opening
+from mesh_transformer.checkpoints import opening, places
+from mesh_transformer.checkpoints.averaging import Mean
 from mesh_transformer.checkpoints.conversion import Conversion, convert, plan
+from mesh_transformer.checkpoints.deepening import WithLayers
 from mesh_transformer.checkpoints.fitting import n_bytes
 from mesh_transformer.checkpoints.native_source import NativeSource
 from mesh_transformer.checkpoints.source import Source
@@ -42,6 +46,34 @@ def open_checkpoint(path: str, config: Config | None) -> Opened:
     return Opened(found, source, config)
 
 
+def combined(
+    opened: Sequence[Opened], output: str, n_layers: int | None = None
+) -> tuple[Source, Config]:
+    """Return the one checkpoint that is to be made of those opened, and its configuration.
+
+    Args:
+        opened: One, or several of one model, whose weights' mean is taken.
+        output: Where it is to be written.
+        n_layers: Of the deeper model that it begins; None leaves it as deep as it is.
+
+    Raises:
+        UserError: They are of different models, or deeper than asked for; or `output` is among
+            them.
+    """
+    source, config = opened[0].source, opened[0].config
+    if len(opened) > 1:
+        for each in opened:
+            places.check_apart(output, each.source)
+        source = Mean([each.source for each in opened])
+    if n_layers is not None:
+        source = WithLayers(source, n_layers)
+        model = dataclasses.replace(config.model, layers=n_layers)
+        config = dataclasses.replace(config, model=model)
+    if source is not opened[0].source:
+        _logger.info("made of it: %s", source.about)
+    return source, config
+
+
 def step_folder(root: str, step: int) -> str:
     """Name the folder of a step in a run's folder, this library's or the original's."""
     folders = [storage.join(root, *inside, f"step_{step}") for inside in ((), ("checkpoints",))]
@@ -56,13 +88,14 @@ def write(
     Raises:
         UserError: See there.
     """
-    tokens = tokenizer.load(config.data.tokenizer) if what.format == "hf" else None
+    tokens = _tokenizer_of(source, config) if what.format == "hf" else None
     n_vocab = what.n_vocab or config.model.n_vocab
     position = source.position if isinstance(source, NativeSource) else None
 
     def write_tokenizer(folder: str) -> None:
         if tokens is not None:
-            tokenizer_files.write(folder, tokens, n_vocab)
+            start_id = config.model.pad_id if config.model.encoder_layers else None
+            tokenizer_files.write(folder, tokens, n_vocab, start_id=start_id)
 
     with progress.stage("Converting", plan(source, what).n_bytes) as advance:
         convert(
@@ -73,11 +106,14 @@ def write(
             position=position or Position().to_json(),
             overwrite=overwrite,
             eot_id=None if tokens is None else tokens.eot_id,
+            bos_id=None if tokens is None else tokens.bos_id,
             write_tokenizer=write_tokenizer,
             advance=advance,
         )
     _logger.info("written: %s", output)
-    if what.format == "native":
+    if what.format == "native" and source.counts is None:
+        _logger.info("it holds weights alone: train them with --tune-model-path %s", output)
+    elif what.format == "native":
         anew = "; the data begins anew, since no other format says how far it was read"
         _logger.info(
             "to train on from step %d, set model_dir to %s%s",
@@ -85,6 +121,16 @@ def write(
             output,
             "" if position else anew,
         )
+
+
+def _tokenizer_of(source: Source, config: Config) -> tokenizer.Tokenizer | None:
+    """Load the tokenizer to write beside a model; None where the one that was read has none."""
+    name = config.data.tokenizer
+    lacks = not storage.exists(storage.join(name, "tokenizer.json"))
+    if name == opening.folder_of(source.where) and lacks:
+        _logger.warning("%s holds no tokenizer.json, so that none is written either", name)
+        return None
+    return tokenizer.load(name)
 
 
 def verify(found: opening.Found, source: Source) -> None:

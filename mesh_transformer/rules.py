@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -72,6 +73,17 @@ IMPOSSIBLE: tuple[Rule, ...] = (
         f"cores_per_replica {cores_per_replica} does not divide tpu_size {tpu_size}; "
         f"{divisors(tpu_size)} would",
     ),
+    lambda seq_warmup, seq: unless(
+        all(a < b for a, b in itertools.pairwise([*(length for _, length in seq_warmup), seq])),
+        f"seq_warmup has stages of {', '.join(str(length) for _, length in seq_warmup)} tokens, "
+        f"which must grow, up to seq {seq}",
+    ),
+    lambda seq_warmup, attention: unless(
+        attention in ("auto", "xla") or all(length % 128 == 0 for _, length in seq_warmup),
+        f"attention {attention!r} takes multiples of 128 tokens, and seq_warmup has stages of "
+        f"{', '.join(str(length) for _, length in seq_warmup)}; change them or set attention to "
+        "'auto'",
+    ),
     lambda end_lr, lr: unless(
         end_lr <= lr,
         f"end_lr {end_lr} is above lr {lr}, from which it is annealed; lower it to {lr} or less",
@@ -106,6 +118,11 @@ IMPOSSIBLE: tuple[Rule, ...] = (
 )
 DOUBTFUL: tuple[Rule, ...] = (
     *network_rules.DOUBTFUL,
+    lambda seq_warmup, total_steps, seq: unless(
+        not seq_warmup or sum(steps for steps, _ in seq_warmup) < total_steps,
+        f"seq_warmup has {sum(steps for steps, _ in seq_warmup)} steps, and total_steps is "
+        f"{total_steps}, so that no step trains on seq {seq}",
+    ),
     lambda warmup_steps, anneal_steps, total_steps, end_lr: unless(
         warmup_steps + anneal_steps <= total_steps,
         f"warmup_steps {warmup_steps} + anneal_steps {anneal_steps} is more than total_steps "

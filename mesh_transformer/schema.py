@@ -47,6 +47,7 @@ Natural = Annotated[int, Limit(lambda n: n >= 0, "0 or more")]
 Positive = Annotated[float, Limit(lambda x: x > 0, "a number above 0")]
 NonNegative = Annotated[float, Limit(lambda x: x >= 0, "0 or more")]
 Fraction = Annotated[float, Limit(lambda x: 0 < x <= 1, "a number above 0 and at most 1")]
+Rate = Annotated[float, Limit(lambda x: 0 <= x < 1, "0 or more, below 1")]
 Text = Annotated[str, Limit(lambda text: text.strip() != "", "some text")]
 
 
@@ -99,6 +100,11 @@ def convert(kind: Any, value: Any) -> Any:
         return None if value is None else convert(args[0], value)
     if origin is Literal:
         return _choose(args, value)
+    if origin is tuple and args[-1] is not Ellipsis:
+        items = _expect(list, value, (list, tuple))
+        if len(items) != len(args):
+            raise ValueError(f"expected a list of {len(args)}, got {shown(value)}")
+        return tuple(map(convert, args, items))
     if origin is tuple:
         items = tuple(convert(args[0], item) for item in _expect(list, value, (list, tuple)))
         for item in repeated(items):

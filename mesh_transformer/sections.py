@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from mesh_transformer import relations, rules, schema
@@ -27,6 +27,7 @@ from mesh_transformer.schema import (
     TpuType,
 )
 
+Stage = tuple[Count, Annotated[int, Limit(lambda n: n >= 2, "2 or more")]]
 Tracker = Literal["tensorboard", "wandb"]
 
 DERIVED: Any = None
@@ -66,11 +67,54 @@ class BatchConfig(Section):
         per_replica_batch: Sequences per replica in one microbatch.
         gradient_accumulation_steps: Microbatches per optimizer step.
         val_batch_multiplier: Sequences of a validation batch per sequence of a microbatch.
+        seq_warmup: Stages that come before sequences of `seq` tokens, each as a list of optimizer
+            steps and a length: so many steps train on the first so many tokens of each record.
     """
 
     per_replica_batch: Count
     gradient_accumulation_steps: Count = 1
     val_batch_multiplier: Count = 1
+    seq_warmup: tuple[Stage, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Tokens of each sequence that optimizer steps, counted from 1, train on.
+
+    Stages of growing length, as in fattorib/transformer (there of one stage); those of Sequence
+    Length Warmup (arXiv:2108.06084) are as many as lengths.
+
+    Attributes:
+        seq: After the last stage.
+        warmup: Stages, each as optimizer steps and length.
+    """
+
+    seq: int
+    warmup: tuple[tuple[int, int], ...] = ()
+
+    def at(self, step: int) -> int:
+        """Return the tokens of each sequence at a step."""
+        return next(length for last, length in self._ends() if last is None or step <= last)
+
+    def through(self, step: int) -> int:
+        """Return the tokens of one sequence a step, summed over steps 1 to `step`."""
+        total = before = 0
+        for last, length in self._ends():
+            end = step if last is None else min(step, last)
+            total, before = total + (end - before) * length, end
+        return total
+
+    def begins(self, step: int) -> bool:
+        """Say whether a step is the first of its length, and so compiles."""
+        return step == 1 or self.at(step) != self.at(step - 1)
+
+    def _ends(self) -> Iterator[tuple[int | None, int]]:
+        """Yield the last step of each stage, None being that of the run, and the stage's length."""
+        last = 0
+        for steps, length in self.warmup:
+            last += steps
+            yield last, length
+        yield None, self.seq
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ class Evaluation(NamedTuple):
     """What the model makes of given tokens.
 
     Attributes:
-        loss_BT: float32, nats per token; 0 where the mask is 0.
+        loss_BT: float32, nats per token; 0 where the mask is 0, and of padding.
         correct_BT: bool, whether greedy decoding would have given the token.
     """
 
@@ -103,6 +103,7 @@ class Session(Protocol):
         """Take one optimizer step over A microbatches of B sequences.
 
         The shift into inputs and targets happens here; a mask of 0 leaves a target out of the loss.
+        With an encoder its tokens come first: see `training.examples`.
         """
         ...
 
@@ -113,7 +114,7 @@ class Session(Protocol):
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int
     ) -> Generation:
-        """Continue each prompt by up to `max_new_tokens` tokens."""
+        """Continue each prompt by up to `max_new_tokens` tokens; with an encoder, answer it."""
         ...
 
     def save(self, step: int, position: Position) -> None:

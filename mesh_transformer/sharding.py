@@ -9,6 +9,7 @@ One letter names a dimension everywhere: in array suffixes, einsum subscripts an
     D  model features                        L  layers, stacked
     R  buckets of relative positions         G  heads of keys and values
     E  features of an embedding, where they are not those of the model
+    M  copies of an activation, one for each index of `mp`
 
 Letters are global sizes; in a weight, H stands for heads times features per head, and so does G:
 heads are split over devices, never one head (of a G that `mp` does not divide, devices hold copies
@@ -32,7 +33,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-COMPUTE = {"B": "dp", "H": "mp", "G": "mp", "F": "mp", "V": "mp"}
+COMPUTE = {"B": "dp", "H": "mp", "G": "mp", "F": "mp", "V": "mp", "M": "mp"}
 """Mesh axis of each dimension of activations, and of weights while in use."""
 
 STORAGE = COMPUTE | {"D": "dp"}
@@ -45,26 +46,27 @@ PARAM_DIMS = (
     ("embed/norm/(scale|offset)", "D"),
     ("positions/embeddings", "TD"),
     ("relative_positions/embeddings", "HR"),
-    ("layers/block/(norm|ff_norm)/(scale|offset)", "LD"),
-    ("layers/block/(norm|ff_norm)/(gain|shift)", "L"),
-    ("layers/block/attention/q/w", "LDH"),
-    ("layers/block/attention/[kv]/w", "LDG"),
-    ("layers/block/attention/q/b", "LH"),
-    ("layers/block/attention/[kv]/b", "LG"),
-    ("layers/block/attention/[qk]_norm/scale", "LK"),
-    ("layers/block/attention/o/w", "LHD"),
-    ("layers/block/attention/o/b", "LD"),
+    ("layers/block/(norm|cross_norm|ff_norm)/(scale|offset)", "LD"),
+    ("layers/block/(norm|cross_norm|ff_norm)/(gain|shift)", "L"),
+    ("layers/block/(attention|cross)/q/w", "LDH"),
+    ("layers/block/(attention|cross)/[kv]/w", "LDG"),
+    ("layers/block/(attention|cross)/q/b", "LH"),
+    ("layers/block/(attention|cross)/[kv]/b", "LG"),
+    ("layers/block/(attention|cross)/[qk]_norm/scale", "LK"),
+    ("layers/block/(attention|cross)/o/w", "LHD"),
+    ("layers/block/(attention|cross)/o/b", "LD"),
     ("layers/block/ff/(in|gate)/w", "LDF"),
     ("layers/block/ff/(in|gate)/b", "LF"),
     ("layers/block/ff/out/w", "LFD"),
     ("layers/block/ff/out/b", "LD"),
     ("final_norm/(scale|offset)", "D"),
     ("final_norm/(gain|shift)", ""),
+    ("head_qk/[qk]/w", "DK"),
     ("unembed/project/w", "DE"),
     ("unembed/w", "DV"),
     ("unembed/b", "V"),
 )
-"""Path of each parameter below `decoder/` (a regular expression) and its dimensions."""
+"""Path of each parameter below `decoder/` or `encoder/` (a regular expression), its dimensions."""
 
 
 def make_mesh(dp: int, mp: int, devices: Sequence[Any] | None = None) -> Mesh:
@@ -224,6 +226,26 @@ _columns.defvjp(
 )
 
 
+def copied(x_BTD: jax.Array) -> jax.Array:
+    """Give each index of `mp` a copy of its own, `MBTD`, for `columns_of_copies`.
+
+    No communication forward. Each copy has the gradient of its own index; they are summed here, in
+    one all-reduce however often the copies were multiplied.
+    """
+    return shard(jnp.broadcast_to(x_BTD, (axis_size("mp"), *x_BTD.shape)), "MBTD")
+
+
+def columns_of_copies(x_MBTD: jax.Array, *weights: tuple[jax.Array, str]) -> tuple[jax.Array, ...]:
+    """Multiply copies, as `columns` does what they are copies of, but without communication."""
+
+    def products(x_MBTD: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(x_MBTD[0] @ w for w in weights)
+
+    dims = tuple(letters for _, letters in weights)
+    out_dims = tuple(f"BT{letters[1]}" for letters in dims)
+    return over_mp(products, ("MBTD", *dims), out_dims)(x_MBTD, *(w for w, _ in weights))
+
+
 def rows(*factors: tuple[jax.Array, jax.Array, str]) -> jax.Array:
     """Multiply each input by a weight whose rows are split over `mp`, and add the products.
 
@@ -283,7 +305,8 @@ def sum_of(terms: Sequence[jax.Array]) -> jax.Array:
 def lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     """Gather rows of a table whose rows are split over `mp`: each device looks up what it holds.
 
-    One all-reduce forward, none backward.
+    One all-reduce forward, none backward, where a row's gradient is summed in float32: in bfloat16
+    a token that is everywhere in a batch would stop to count.
     """
 
     def local(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
@@ -296,7 +319,9 @@ def lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
 def _lookup_backward(factors: Any, g_BTD: jax.Array) -> tuple[jax.Array, None]:
     def local(table_VD: jax.Array, ids_BT: jax.Array, g_BTD: jax.Array) -> jax.Array:
         row_BT, mine_BT1 = _own_rows(table_VD, ids_BT)
-        return jnp.zeros_like(table_VD).at[row_BT].add(jnp.where(mine_BT1, g_BTD, 0))
+        mine_BTD = jnp.where(mine_BT1, g_BTD, 0).astype(jnp.float32)
+        total_VD = jnp.zeros(table_VD.shape, jnp.float32).at[row_BT].add(mine_BTD)
+        return total_VD.astype(table_VD.dtype)
 
     return over_mp(local, ("VD", "BT", "BTD"), "VD")(*factors, g_BTD), None
 

@@ -3,13 +3,15 @@
 Model FLOPs utilisation (MFU) after PaLM, arXiv:2204.02311, appendix B:
 
     MFU = tokens per second x FLOPs per token / peak FLOPs per second of all devices
-    FLOPs per token = 6 N + 12 L H K T
+    FLOPs per token = 6 N + 12 L H K S
 
-N counts the weights that multiply activations: attention, feed-forward and output projections. The
-embedding and learned positions are looked up, not multiplied, and count nothing; biases and norms
-are left out as well. 12 L H K T is attention as if every token saw all T tokens: like PaLM it is
-not halved for the causal mask. Recomputation (rematerialisation) is work, but not the model's, and
-is not counted.
+N counts the weights that multiply activations: attention, feed-forward and its gate, the head, and
+what projects embeddings to features and back. A tied head multiplies by the embeddings' table,
+which counts; embeddings and learned positions are looked up, not multiplied, and count nothing, and
+biases and norms are left out as well. 12 L H K S is attention as if every token saw S tokens: all
+T, or those of a layer's window. Like PaLM it is not halved for the causal mask. An encoder's work
+on the tokens that it is fed is counted with the tokens that are trained, the decoder's.
+Recomputation (rematerialisation) is work, but not the model's, and is not counted.
 """
 
 from __future__ import annotations
@@ -20,19 +22,60 @@ import re
 from collections.abc import Callable, Iterator
 
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.network import HEAD_QK_FEATURES, SGU_WIDTH
 
 
 def matmul_parameters(model: ModelConfig) -> int:
-    """Count the weights that multiply activations in a GPT-J decoder: N of the formula above."""
-    attention = 4 * model.d_model * model.n_heads * model.d_head
-    feed_forward = 2 * model.d_model * model.d_ff
-    return model.layers * (attention + feed_forward) + model.d_model * model.n_vocab
+    """Count the weights that multiply activations in a decoder: N of the formula above.
+
+    With a static SGU attention reads and writes half of the features; Head-QK has two matrices.
+    """
+    d_attended = model.d_model // 2 if model.use_static_sgu else model.d_model
+    attention = 2 * d_attended * (model.n_heads + model.n_kv_heads) * model.d_head
+    feed_forward = (3 if model.gated else 2) * model.d_model * model.d_ff
+    projections = 2 * model.d_embed * model.d_model if model.d_embed != model.d_model else 0
+    head = model.d_embed * model.n_vocab
+    head += 2 * model.d_model * HEAD_QK_FEATURES if model.head_qk_trick else 0
+    return model.layers * (attention + feed_forward) + projections + head
 
 
-def train_flops_per_token(model: ModelConfig) -> float:
-    """Count the operations of forward and backward pass per trained token: 6 N + 12 L H K T."""
-    attention = 12 * model.layers * model.n_heads * model.d_head * model.seq
+def train_flops_per_token(model: ModelConfig, length: int | None = None) -> float:
+    """Count the operations of forward and backward pass per trained token: 6 N + 12 L H K S.
+
+    A static SGU adds 2 L (D / 2) S', S' being S up to its width: forward alone, as no gradient
+    flows back. Head-QK adds 6 S times its features; that its products fall on logits adds nothing.
+
+    Args:
+        length: Of sequences; the model's `seq` if None. An encoder's are as long as they may be.
+    """
+    length = length or model.seq
+    if model.encoder_layers:
+        return _with_encoder(model, length)
+    n_local = model.layers // model.window_every if model.window else 0
+    seen = (model.layers - n_local) * length + n_local * min(model.window, length)
+    attention = 12 * model.n_heads * model.d_head * seen
+    if model.use_static_sgu:
+        attention += min(SGU_WIDTH, length) * model.layers * model.d_model
+    if model.head_qk_trick:
+        attention += 6 * HEAD_QK_FEATURES * length
     return float(6 * matmul_parameters(model) + attention)
+
+
+def _with_encoder(model: ModelConfig, n_targets: int) -> float:
+    """Count as above for two stacks: N of each times its own tokens, attention to S tokens in T."""
+    d_model, n_sources = model.d_model, model.encoder_seq
+    width, kv_width = model.n_heads * model.d_head, model.n_kv_heads * model.d_head
+    read, write = 2 * d_model * kv_width, 2 * d_model * width  # keys and values; queries and back
+    feed_forward = (3 if model.gated else 2) * d_model * model.d_ff
+    projection = model.d_embed * d_model if model.d_embed != d_model else 0
+    of_sources = model.encoder_layers * (read + write + feed_forward) + model.layers * read
+    of_sources += projection
+    of_targets = model.layers * (read + 2 * write + feed_forward)
+    of_targets += 2 * projection + model.d_embed * model.n_vocab
+    attended = model.encoder_layers * n_sources**2
+    attended += model.layers * n_targets * (n_targets + n_sources)
+    whole = 6 * (of_sources * n_sources + of_targets * n_targets) + 12 * width * attended
+    return whole / n_targets
 
 
 def mfu(
@@ -97,18 +140,27 @@ class Pace:
         self._clock = clock
         self._first: float | None = None
         self._last = 0.0
-        self._steps = 0
+        self._done = 0
         self._recent: collections.deque[float] = collections.deque(maxlen=20)
 
-    def tick(self) -> float | None:
-        """Note the end of a step; how long it took, or None for the first."""
+    def tick(self, size: int = 1, *, compiled: bool = False) -> float | None:
+        """Note the end of a step; how long it took, or None for the first.
+
+        Args:
+            size: Of the step, in what unit the caller likes.
+            compiled: Whether it is the first of its kind: it is not timed either, and the pace of
+                those before it is no longer the recent one.
+        """
         now = self._clock()
         seconds = now - self._last
         self._last = now
         if self._first is None:
             self._first = now
             return None
-        self._steps += 1
+        self._done += size
+        if compiled:
+            self._recent.clear()
+            return None
         self._recent.append(seconds)
         return seconds
 
@@ -128,7 +180,7 @@ class Pace:
 
     @property
     def wall_seconds(self) -> float | None:
-        """Mean over all steps, pauses included; None before the second step."""
-        if self._first is None or not self._steps:
+        """Mean over all steps per unit of size, pauses included; None before the second step."""
+        if self._first is None or not self._done:
             return None
-        return (self._clock() - self._first) / self._steps
+        return (self._clock() - self._first) / self._done

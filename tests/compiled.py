@@ -172,9 +172,10 @@ class Program:
 
 def _loop_name(source: str) -> str:
     """Name a loop: one over microbatches or drawn tokens, or over layers in one direction."""
-    if "decoder" not in source:
-        return "rounds"
-    return "layers backward" if "transpose(" in source else "layers forward"
+    way = "backward" if "transpose(" in source else "forward"
+    if "encoder" in source:
+        return f"encoder {way}"
+    return f"layers {way}" if "decoder" in source else "rounds"
 
 
 def _computations(text: str) -> Iterator[tuple[str, dict[str, Instruction]]]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import pathlib
-import warnings
 from collections.abc import Iterator
 
-import fake_buckets
 import jax
+import object_stores
 import pytest
+from object_stores import Gateway
 
-from mesh_transformer import storage
+from mesh_transformer import buckets
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -37,32 +38,27 @@ def compiled_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def gateways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Gateway]]:
+    """Start the object stores that the installed extras allow: once, for clients keep addresses."""
+    folder = tmp_path_factory.mktemp("object_stores")
+    with contextlib.ExitStack() as servers:
+        there = [scheme for scheme in object_stores.KINDS if not object_stores.missing(scheme)]
+        yield {name: servers.enter_context(object_stores.serve(name, folder)) for name in there}
+
+
 @pytest.fixture
-def buckets(monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_buckets.FakeBuckets]:
-    """Serve a bucket on this machine, which clients of S3 and of GCS take for theirs."""
-    with fake_buckets.serve() as server:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-        storage._connect.cache_clear()
-        yield server
-        storage._connect.cache_clear()
-
-
-PACKAGES = {"gs": "google.cloud.storage", "s3": "boto3"}
-
-
-def _installed(package: str) -> bool:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ImportWarning)  # google.api_core without grpcio-status
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            return False
-    return True
+def stores(
+    gateways: dict[str, Gateway], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[dict[str, Gateway]]:
+    """Give an empty bucket in each object store, which all clients take for the real ones."""
+    for gateway in gateways.values():
+        gateway.reset()
+    for name, value in object_stores.environment(gateways).items():
+        monkeypatch.setenv(name, value)
+    buckets._connect.cache_clear()
+    yield gateways
+    buckets._connect.cache_clear()
 
 
 @pytest.fixture(params=["local", "gs", "s3"])
@@ -79,8 +75,24 @@ def remote(request: pytest.FixtureRequest) -> str:
 
 
 def _bucket_folder(scheme: str, request: pytest.FixtureRequest) -> str:
-    if not _installed(PACKAGES[scheme]):
-        extra = storage.EXTRAS[scheme]
-        pytest.skip(f"{scheme}:// needs the extra [{extra}], which is not installed")
-    request.getfixturevalue("buckets")
+    if extras := object_stores.missing(scheme):
+        pytest.skip(f"{scheme}:// needs the extras [{','.join(extras)}], which are not installed")
+    request.getfixturevalue("stores")
     return f"{scheme}://bucket/run"
+
+
+@pytest.fixture
+def store(remote: str, stores: dict[str, Gateway]) -> Gateway:
+    """Give what stands before the server that holds `remote`."""
+    return stores[remote.partition("://")[0]]
+
+
+@pytest.fixture
+def gs(request: pytest.FixtureRequest) -> str:
+    """Give a folder in gs://, for what no other bucket can."""
+    return _bucket_folder("gs", request)
+
+
+@pytest.fixture
+def s3(request: pytest.FixtureRequest) -> str:
+    return _bucket_folder("s3", request)

@@ -5,32 +5,41 @@ from __future__ import annotations
 # A module imports from rows above it, and from what stands to the left of it in its own group.
 # Names that no file has yet are places kept free.
 ROWS: tuple[tuple[str, ...], ...] = (
-    ("errors schema relations network_rules rules sections network config", "session", "records"),
-    ("sharding", "storage noise_scale throughput progress trackers metrics_file metrics plot"),
     (
-        "model model.positions model.attention model.layers model.block model.weights model.loss"
-        " model.sampling",
+        "errors schema relations encoder_rules network_rules rules sections network config",
+        "session",
+        "records",
     ),
-    ("model.decoder", "model.encoder_decoder"),
     (
-        "training",
-        "training.memory training.as_original training.optimizer training.gradients training.steps",
+        "sharding",
+        "buckets storage noise_scale throughput progress trackers metrics_file metrics plot",
+    ),
+    (
+        "model model.positions model.dropout model.attention model.mup model.layers model.mixing"
+        " model.block model.copying model.weights model.loss model.sampling",
+    ),
+    ("model.encoder model.decoder",),
+    (
+        "training training.memory training.as_original training.optimizer training.examples"
+        " training.gradients training.steps",
     ),
     (
         "checkpoints checkpoints.fingerprint checkpoints.retention checkpoints.layout"
         " checkpoints.reading checkpoints.native checkpoints.source checkpoints.pieces"
         " checkpoints.native_source checkpoints.fitting checkpoints.native_writer"
-        " checkpoints.roles checkpoints.npz checkpoints.original checkpoints.original_run"
-        " checkpoints.fused"
+        " checkpoints.roles checkpoints.npz checkpoints.original checkpoints.original_writer"
+        " checkpoints.original_run checkpoints.fused"
         " checkpoints.safetensors checkpoints.pytorch checkpoints.family checkpoints.family_keys"
-        " checkpoints.gpt_families checkpoints.llama_families checkpoints.families"
-        " checkpoints.tensors checkpoints.huggingface checkpoints.placing checkpoints.opening"
-        " checkpoints.conversion",
+        " checkpoints.gpt_families checkpoints.llama_families checkpoints.t5_family"
+        " checkpoints.families checkpoints.tensors checkpoints.named checkpoints.huggingface"
+        " checkpoints.flax_files checkpoints.jaxseq checkpoints.zero_transformer"
+        " checkpoints.gguf_files checkpoints.cerebras checkpoints.placing checkpoints.opening"
+        " checkpoints.places checkpoints.conversion checkpoints.averaging checkpoints.deepening",
         "data data.cleaning data.framing data.documents data.tokenizer data.tokenizer_files"
-        " data.packing data.dataset data.tfrecord data.jsonl data.webdataset data.encoding"
-        " data.batches data.prepare",
+        " data.packing data.pairs data.dataset data.tfrecord data.jsonl data.webdataset"
+        " data.encoding data.batches data.prepare",
     ),
-    ("pod", "pod.checks pod.devices pod.worker pod.host"),
+    ("pod", "pod.checks pod.prompts pod.devices pod.worker pod.host"),
     ("pod.machines pod.cluster pod.startup pod.tpu_api pod.tpu_vm pod.slices",),
     (
         "training.goodput training.loop training.recovery driver",
@@ -45,10 +54,11 @@ OWNERS = {
     "tensorflow": {"data.tfrecord"},
     "ray": {"pod.machines", "pod.cluster"},
     "google.cloud.tpu": {"pod.tpu_api"},
-    "google.cloud.storage": {"storage"},
+    "google.cloud.storage": {"buckets"},
     "lm_eval": {"harness"},
     "tensorboard": {"trackers"},
     "wandb": {"trackers"},
     "torch": {"checkpoints.pytorch"},
+    "gguf": {"checkpoints.gguf_files"},
     "transformers": set(),
 }

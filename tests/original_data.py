@@ -21,6 +21,7 @@ class StubTokenizer:
     n_tokens = 50257
     eot_id = 50256
     eot_text = "<|endoftext|>"
+    bos_id = None
     fingerprint = "0" * 64
 
     def encode(self, text: str) -> list[int]:

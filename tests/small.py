@@ -91,8 +91,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "window": 5,
         },
     },
+    "research": {
+        **{"use_static_sgu": True, "head_qk_trick": True, "pe": "alibi", "qkv_bias": True},
+        **{"o_bias": True, "embed_bias": False, "tie_embeddings": True, "head_bias": False},
+    },
 }
 """Every other option of a decoder, as families combine them."""
+
+_T5 = {
+    **_BIAS_FREE,
+    **{"residual": "sequential", "norm": "rmsnorm-mean", "pe": "t5", "attention_scale": 1.0},
+    **{"layers": 3, "encoder_layers": 2, "encoder_seq": 20, "pe_buckets": 8, "pe_max_distance": 12},
+}
+ENCODER_DECODERS: dict[str, dict[str, Any]] = {
+    "t5": {
+        **_T5,
+        **{"activation": "relu", "tie_embeddings": True, "output_scale": 32**-0.5, "d_head": 8},
+    },
+    "t5 v1.1": {**_T5, "gated": True, "d_ff": 48, "pad_id": 3},
+}
+"""Both forms of T5: the first, and that of v1.1 and Flan-T5."""
 
 COMPILED_FAST = {"xla_backend_optimization_level": 0}
 """Options of `jax.jit` that halve the time to compile what runs only once."""
@@ -106,7 +124,7 @@ def parsed(**keys: Any) -> config.Config:
 def worker(dp: int = 1, mp: int = 1, **keys: Any) -> Worker:
     """Return a host with this mesh; the same one, and its compiled steps, for the same arguments.
 
-    A `variant` among the keys is one of `VARIANTS`.
+    A `variant` among the keys is one of `VARIANTS` or `ENCODER_DECODERS`.
     Its weights are what the last test left there: set `state` before using them.
     """
     return _worker(dp, mp, **_changes(keys))
@@ -114,7 +132,7 @@ def worker(dp: int = 1, mp: int = 1, **keys: Any) -> Worker:
 
 @functools.cache
 def _worker(dp: int, mp: int, variant: str = "", **keys: Any) -> Worker:
-    keys = VARIANTS.get(variant, {}) | keys
+    keys = (VARIANTS | ENCODER_DECODERS).get(variant, {}) | keys
     return Worker(parsed(cores_per_replica=mp, **keys), jax.devices()[: dp * mp])
 
 
@@ -152,6 +170,17 @@ def weights(pe: str = "rotary", norm: str = "layernorm") -> Any:
 def tokens(*shape: int, seed: int = 0) -> np.ndarray:
     """Return random token ids of the small vocabulary."""
     return np.random.default_rng(seed).integers(0, KEYS["n_vocab"], shape, dtype=np.int32)
+
+
+def pairs(*shape: int, variant: str, seed: int = 0) -> np.ndarray:
+    """Return random records of an encoder-decoder, of as many lengths, padding after the tokens."""
+    model = parsed(**ENCODER_DECODERS[variant]).model
+    rng = np.random.default_rng(seed)
+    records = rng.integers(4, model.n_vocab, (*shape, model.encoder_seq + model.seq + 1))
+    for record in records.reshape(-1, records.shape[-1]):
+        record[rng.integers(2, model.encoder_seq + 1) : model.encoder_seq + 1] = model.pad_id
+        record[rng.integers(2, model.seq + 1) + model.encoder_seq + 1 :] = model.pad_id
+    return records.astype(np.int32)
 
 
 def assert_close(ours: Any, theirs: Any, tolerance: float) -> None:

@@ -26,26 +26,16 @@ from mesh_transformer.errors import InUse
 # Copies and damage
 
 
-def as_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a local folder be written as a bucket is: in place, the marker last."""
-    monkeypatch.setattr(native.storage, "is_remote", lambda path: True)
-
-
-@pytest.mark.parametrize("in_place", [False, True])
-def test_a_copied_folder_is_a_checkpoint_wherever_it_lands(tmp_path, monkeypatch, in_place):
+def test_a_copied_folder_is_a_checkpoint_wherever_it_lands(tmp_path):
+    """`test_native_buckets` has the same of copies to and from a bucket."""
     state = state_on(mesh(2, 4))
-    if in_place:
-        as_a_bucket(monkeypatch)
     folder = saved(tmp_path / "one", state, 7)
-    monkeypatch.undo()
     subprocess.run(["cp", "-r", folder, tmp_path / "anywhere"], check=True)
     shutil.rmtree(tmp_path / "one")
     copy = locate(str(tmp_path / "anywhere"))
     assert copy is not None
     assert_same(native.restore(copy, like(state))[0], state)
 
-    if not in_place:
-        as_a_bucket(monkeypatch)
     (tmp_path / "two" / "checkpoints").mkdir(parents=True)
     shutil.copytree(copy, tmp_path / "two" / "checkpoints" / "step_7")
     with Checkpoints(str(tmp_path / "two")) as checkpoints:
@@ -53,18 +43,6 @@ def test_a_copied_folder_is_a_checkpoint_wherever_it_lands(tmp_path, monkeypatch
         checkpoints.save(8, state, {})
         checkpoints.wait()
         assert checkpoints.steps() == [7, 8]
-
-
-def test_in_place_a_folder_without_marker_is_no_checkpoint(tmp_path, monkeypatch):
-    as_a_bucket(monkeypatch)
-    state = state_on(mesh(2, 4))
-    folder = saved(tmp_path, state, 7)
-    Path(folder, layout.MARKER).unlink()
-    with pytest.raises(CheckpointError, match="not a complete native checkpoint"):
-        native.restore(folder, like(state))
-    with Checkpoints(str(tmp_path)) as checkpoints:
-        assert not Path(folder).exists()
-        assert checkpoints.latest() is None
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed"])

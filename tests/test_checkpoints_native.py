@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from saved_states import assert_same, like, mesh, saved, state_on
 
@@ -192,15 +191,15 @@ def test_a_start_removes_what_was_not_finished_and_nothing_else(tmp_path, caplog
 
 
 def test_a_deletion_cut_short_leaves_nothing_that_looks_complete(tmp_path, monkeypatch, caplog):
-    def cut_short(path: epath.Path) -> None:
-        (path / "state" / "_METADATA").unlink()
+    def cut_short(folder: str) -> None:
+        Path(folder, "state", "_METADATA").unlink()
         raise OSError("interrupted")
 
     state = state_on(mesh(1, 1))
     with Checkpoints(str(tmp_path), keep_n=1) as checkpoints:
         checkpoints.save(1, state, {})
         with monkeypatch.context() as patch:
-            patch.setattr(type(epath.Path(tmp_path)), "rmtree", cut_short)
+            patch.setattr(layout.storage, "remove_folder", cut_short)
             checkpoints.save(2, state, {})
             checkpoints.wait()
         assert (tmp_path / "checkpoints" / "step_1").exists()

@@ -7,7 +7,7 @@ import inspect
 import warnings
 
 import pytest
-from configurations import MINIMAL, OF_THE_MODEL
+from configurations import DOUBTS_OF_LENGTHS, MINIMAL, OF_LENGTHS, OF_THE_MODEL
 
 from mesh_transformer import config as configuration
 from mesh_transformer import relations, rules, schema
@@ -64,6 +64,7 @@ WRONG_VALUES = [
     ("original_shards", -1, "expected 0 or more, got -1"),
     ("original_shards", None, "expected a whole number, got null"),
     ("z_loss", -1, "expected 0 or more, got -1.0"),
+    ("dropout_residual", 1, "expected 0 or more, below 1, got 1.0"),
     ("noise_scale_alpha", 0, "expected a number above 0 and at most 1, got 0.0"),
     ("noise_scale_alpha", 1.5, "expected a number above 0 and at most 1, got 1.5"),
     ("seed", -1, "expected 0 or more, below 2^32, got -1"),
@@ -192,6 +193,7 @@ IMPOSSIBLE: list[tuple[dict, str]] = [
         "which do not divide it; set zero_stage to 0 or change d_model",
     ),
     *OF_THE_MODEL,
+    *OF_LENGTHS,
     (
         {"n_tokens": 513},
         "n_tokens 513 is more than n_vocab 512; raise n_vocab to 513 or more",
@@ -252,6 +254,7 @@ IMPOSSIBLE: list[tuple[dict, str]] = [
 ]
 
 DOUBTFUL: list[tuple[dict, str]] = [
+    *DOUBTS_OF_LENGTHS,
     (
         {"norm": "layernorm-desync"},
         "norm 'layernorm-desync' is treated as 'layernorm': copies of a norm cannot drift apart",
@@ -309,6 +312,7 @@ def test_each_rule_has_its_message_tested() -> None:
         {"val_every": 1000, "ckpt_every": 1000, "keep_every": 1},
         {"zero_stage": 0, "tpu_size": 3},
         {"d_head": 6, "n_heads": 5},
+        {"window": MINIMAL["seq"], "window_every": 2, "attention": "splash"},
         {"original_shards": 8},
         {"noise_scale_alpha": 1},
         {"pod_step_seconds": 1800, "pod_retries": 0},

@@ -18,7 +18,7 @@ import original_steps
 import pytest
 import small
 
-from mesh_transformer import resharding, storage
+from mesh_transformer import resharding
 from mesh_transformer.checkpoints import conversion, opening, reading
 from mesh_transformer.checkpoints.conversion import Conversion
 from mesh_transformer.checkpoints.fitting import fitted
@@ -303,17 +303,3 @@ def test_a_run_that_is_converted_goes_on_in_its_data(
             resharding.write(
                 source, config, str(tmp_path / "original"), Conversion(format="original")
             )
-
-
-def test_buckets_are_read_and_written_alike(tmp_path: Path, step: str, remote: str) -> None:
-    config = small.parsed()
-    source = opening.open_source(opening.find(step), config.model)
-    for format in ("original", "hf"):
-        url = f"{remote}/{format}"
-        what = Conversion(format=format, n_shards=4)
-        there = convert(source, config, url, what)
-        assert not storage.exists(f"{url}/unfinished")
-        back = convert(there, config, tmp_path / format, what)
-        assert_same_weights(back, there)
-        with pytest.raises(CheckpointError, match="is there already: delete it or name another"):
-            convert(source, config, url, what, overwrite=True)

@@ -268,7 +268,7 @@ def test_an_index_elsewhere_finds_the_data(tmp_path: Path) -> None:
 def test_the_text_that_is_left_out_is_shown_when_asked(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "mesh_transformer")
     made = create("abcdefghij" + "z" * 20, tmp_path, seq=9, min_unique_tokens=3)
     assert made.origin.sequences == 1
     assert caplog.text.count("left out for only 1 different tokens: 'zzzzzzzzzz'") == 2

@@ -301,8 +301,8 @@ REFUSED: list[tuple[dict[str, Any], Callable[[Run], list[str]], list[str]]] = [
         [
             "error: {root}/checkpoints/step_10 holds no complete checkpoint; needed is the folder "
             "(model_dir) of a run that has saved one, a step folder in it, a step folder of "
-            "mesh-transformer-jax (with shard_0 or params in it), or a Hugging Face folder (with "
-            "config.json and weights)"
+            "mesh-transformer-jax (with shard_0 or params in it), a Hugging Face folder (with "
+            "config.json and weights), or a file of another program's (.gguf, .msgpack, .pth, .mdl)"
         ],
     ),
     (

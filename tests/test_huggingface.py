@@ -16,7 +16,7 @@ from memory_source import MemorySource
 
 from mesh_transformer import config
 from mesh_transformer.checkpoints import huggingface, pytorch, safetensors
-from mesh_transformer.checkpoints.families import config_json, config_keys
+from mesh_transformer.checkpoints.families import FREE, config_json, config_keys
 from mesh_transformer.checkpoints.family import ACTIVATIONS
 from mesh_transformer.checkpoints.fitting import model_arrays
 from mesh_transformer.checkpoints.huggingface import HuggingFace, is_huggingface
@@ -102,8 +102,7 @@ def test_configurations_survive_both_ways(d_ff: int | None) -> None:
     assert config_json(model, BFLOAT16)["eos_token_id"] is None, "50256 is not in the vocabulary"
     keys = config_keys(theirs)
     assert keys == {key: getattr(model, key) for key in keys}
-    free = {"n_tokens", "compute_dtype", "remat", "unroll", "attention", "z_loss"}
-    assert set(keys) == set(vars(model)) - free
+    assert set(keys) == set(vars(model)) - FREE
 
 
 def test_everything_in_a_configuration_that_is_not_computed_here_is_named_at_once() -> None:

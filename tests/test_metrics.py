@@ -10,10 +10,11 @@ import pytest
 
 from mesh_transformer import config, metrics_file, progress, trackers
 from mesh_transformer.metrics import BatchSizes, MetricsLog
+from mesh_transformer.sections import Lengths
 from mesh_transformer.session import Metrics
 
-SPLIT = BatchSizes(sequences=8, micro_sequences=2, tokens_per_sequence=16)
-WHOLE = BatchSizes(sequences=2, micro_sequences=2, tokens_per_sequence=16)
+SPLIT = BatchSizes(sequences=8, micro_sequences=2, lengths=Lengths(16))
+WHOLE = BatchSizes(sequences=2, micro_sequences=2, lengths=Lengths(16))
 TOTAL = 10
 
 
@@ -79,7 +80,7 @@ def test_every_step_is_one_line_of_the_documented_fields(tmp_path: pathlib.Path)
         str(tmp_path),
         total_steps=TOTAL,
         batch=SPLIT,
-        flops_per_token=100.0,
+        flops_per_token=lambda length: 100.0,
         peak_flops_per_second=6400.0,
         shown=Screen(),
         clock=clock,

@@ -90,7 +90,7 @@ def test_no_kind_of_anything_is_left_out_where_meshes_and_decoding_are_tested() 
 def test_every_parameter_has_one_row_of_dimensions_and_every_row_a_parameter() -> None:
     found = set()
     kinds = [{"norm": norm, "pe": pe} for norm in NORMS for pe in POSITIONS]
-    for keys in (*kinds, *small.VARIANTS.values()):
+    for keys in (*kinds, *small.VARIANTS.values(), *small.ENCODER_DECODERS.values()):
         params = shapes(model_config(**keys))
         param_dims(params)  # raises unless exactly one row of the right rank matches each
         found |= {path.split("/", 1)[1] for path in paths(params)}
@@ -297,6 +297,9 @@ def device(platform: str, kind: str) -> Any:
         ("gpu", "NVIDIA H100", {"d_head": 64, "seq": 256, "compute_dtype": "float32"}, "xla"),
         ("gpu", "NVIDIA H100", {"d_head": 64, "seq": 200}, "xla"),
         ("gpu", "NVIDIA H100", {"d_head": 64, "seq": 256, "pe": "t5"}, "xla"),
+        ("gpu", "NVIDIA H100", {"d_head": 64, "seq": 256, "window": 255}, "xla"),
+        ("gpu", "NVIDIA H100", {"d_head": 64, "seq": 256, "window": 256}, "cudnn"),
+        ("gpu", "NVIDIA H100", {"d_head": 64, "seq": 256, "dropout_attention": 0.1}, "xla"),
         ("gpu", "NVIDIA A100", {"d_head": 128, "seq": 256}, "cudnn"),
         ("gpu", "NVIDIA A100", {"d_head": 256, "seq": 256}, "xla"),
         ("gpu", "Tesla T4", {"d_head": 64, "seq": 256}, "xla"),
@@ -323,6 +326,12 @@ A100, H100, V3 = ("gpu", "NVIDIA A100"), ("gpu", "NVIDIA H100"), ("tpu", "TPU v3
         ("cudnn", A100, {"d_head": 136}, ["it needs d_head a multiple of 8 up to 128, it is 136"]),
         ("cudnn", H100, {"d_head": 264}, ["it needs d_head a multiple of 8 up to 256, it is 264"]),
         ("cudnn", H100, {"d_head": 68}, ["it needs d_head a multiple of 8 up to 256, it is 68"]),
+        (
+            "cudnn",
+            H100,
+            {"dropout_attention": 0.1},
+            ["it drops no weights, and dropout_attention is 0.1"],
+        ),
         ("cudnn", H100, {"seq": 100}, ["it needs seq a multiple of 128, seq is 100"]),
         ("cudnn", H100, {"pe": "t5"}, ["it takes no bias, which pe t5 adds"]),
         ("splash", ("tpu", "TPU v4"), {"pe": "t5"}, ["it takes no bias, which pe t5 adds"]),
@@ -357,7 +366,8 @@ def test_an_attention_that_cannot_run_says_every_reason_and_what_to_do(
     name: str, on: tuple[str, str], keys: dict[str, Any], reasons: list[str]
 ) -> None:
     """Asked of a stand-in, as no configuration holds all of this: cuDNN in float32 is refused."""
-    fits_any = {"compute_dtype": "bfloat16", "d_head": 128, "seq": 256, "pe": "rotary", "window": 0}
+    fits_any = {"compute_dtype": "bfloat16", "d_head": 128, "seq": 256, "pe": "rotary"}
+    fits_any |= {"window": 0, "dropout_attention": 0.0}
     model: Any = types.SimpleNamespace(**fits_any | keys, attention=name)
     with pytest.raises(UserError) as error:
         implementation_for(model, device(*on))

@@ -181,7 +181,7 @@ def test_what_is_being_written_is_waited_for_when_something_fails(
 
     monkeypatch.setattr(native_writer, "_create", create)
     monkeypatch.setattr(
-        native_writer.layout, "delete_if_there", lambda _: done.extend(it.done() for it in ended)
+        native_writer.layout, "delete", lambda _: done.extend(it.done() for it in ended)
     )
     done: list[bool] = []
     with pytest.raises(CheckpointError, match="failed: shard 3 is cut off"):

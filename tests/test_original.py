@@ -21,7 +21,7 @@ import pytest
 import small
 
 from mesh_transformer import network_rules
-from mesh_transformer.checkpoints import npz, original
+from mesh_transformer.checkpoints import npz, original, original_writer
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.source import MU, NU, PARAMS, Key, Source
 from mesh_transformer.config import ModelConfig
@@ -36,7 +36,7 @@ def written(
     folder: Path, source: Source, model: ModelConfig, n_shards: int, dtype: Any = None
 ) -> Path:
     folder.mkdir(parents=True)
-    original.write(
+    original_writer.write(
         str(folder),
         source,
         model,
@@ -300,6 +300,8 @@ def test_every_key_of_a_model_is_free_or_held_to_what_the_original_computes() ->
     sizes = {"layers", "d_model", "n_heads", "n_vocab", "seq", "pe_rotary_dims", "n_tokens"}
     programs = {"compute_dtype", "remat", "unroll", "attention"}
     others = {"pe_scaling_factors", "window_every", "z_loss"}  # of another key, or of training
+    others |= {"dropout_embedding", "dropout_attention", "dropout_residual"}
+    others |= {*network_rules.MUP, "encoder_seq", "pad_id"}  # of muP, of an encoder
     keys = {field.name for field in dataclasses.fields(ModelConfig)}
     assert keys == set(network_rules.ORIGINAL) | sizes | programs | others
     plain = small.parsed().model

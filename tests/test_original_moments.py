@@ -10,7 +10,7 @@ import original as golden
 import pytest
 import small
 
-from mesh_transformer.checkpoints import original
+from mesh_transformer.checkpoints import original, original_writer
 from mesh_transformer.checkpoints.source import Key
 
 
@@ -30,7 +30,7 @@ def test_moments_of_shards_are_those_of_the_true_gradient(
     model = small.parsed(norm=norm, pe=pe).model
     source = memory_source.of_model(model, moments=True)
     how = {"n_shards": 4, "dtype": None, "moments": True, "advance": lambda n: None}
-    original.write(str(tmp_path), source, model, **how)  # type: ignore[arg-type]
+    original_writer.write(str(tmp_path), source, model, **how)  # type: ignore[arg-type]
     names = [leaf.name.replace(golden.ROOT, "") for leaf in original.leaves(model, moments=True)]
     shards = []
     for shard in range(4):

@@ -72,6 +72,18 @@ def test_a_prompt_without_room_loses_its_beginning_with_a_warning(
     assert "has 10 tokens; only its last 6 are used" in caplog.text
 
 
+def test_an_encoder_is_fed_the_prompt_and_an_end_of_text(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = Parrot("x")
+    for prompt in ("abc", "", "0123456789"):
+        given = {"max_new_tokens": 12, "seq": SEQ, "encoder_seq": 8}
+        list(text.continuation(model, Bytes(), prompt, Sampling(), **given))
+    end = Bytes.eot_id
+    assert model.prompts == [[*b"abc", end], [end], [*b"0123456", end]]
+    assert "has 10 tokens; only its first 7 are used" in caplog.text
+
+
 @pytest.mark.parametrize("max_new_tokens", [-1, 0, SEQ, 999])
 def test_a_number_of_tokens_without_room_for_a_prompt_is_refused(max_new_tokens: int) -> None:
     with pytest.raises(UserError, match=f"{max_new_tokens} new tokens .* ask for 1 to 15"):

@@ -236,7 +236,7 @@ def test_a_folder_names_its_end_of_text(
 @pytest.mark.parametrize(
     ("content", "config", "message"),
     [
-        (None, None, "there is no file .*tokenizer.json"),
+        (None, None, "holds no tokenizer.json, so that nothing says which tokenizer is"),
         ("{}", None, "is not a tokenizer.json"),
         ("known", '{"eos_token": "nope"}', "its end of text, 'nope', is not in its vocabulary"),
         ("known", "[]", "tokenizer_config.json is not a JSON object"),

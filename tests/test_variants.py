@@ -20,7 +20,7 @@ PROMPTS = [small.tokens(n, seed=n).tolist() for n in (3, 9, 1, 6)]
 N_NEW = 6
 
 
-ALWAYS = ("llama", "one head of keys")
+ALWAYS = ("llama", "one head of keys", "research")
 """What is tested fast too: between them they have most options."""
 
 
@@ -56,7 +56,9 @@ def test_a_mesh_trains_as_one_device(variant: str) -> None:
             np.testing.assert_allclose(bias, 0, atol=1e-8)
     small.assert_close(ours, theirs, 1e-5)
     for path, leaf in jax.tree_util.tree_leaves_with_path(theirs):
-        assert np.any(leaf), f"{jax.tree_util.keystr(path)} has no gradient"
+        # Queries of Head-QK start at 0, so its keys do not count at first.
+        starts_idle = "head_qk/k" in jax.tree_util.keystr(path)
+        assert np.any(leaf) or starts_idle, f"{jax.tree_util.keystr(path)} has no gradient"
 
 
 def test_decoding_on_any_mesh_equals_computing_every_token_anew(variant: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,17 @@ def test_weights_of_another_function_are_refused_though_their_shapes_fit(
         "  - n_kv_heads is 8 there, 4 in the configuration",
         "  - attention_scale is 0.5 there, 0.3535533905932738 in the configuration",
     ]
+
+
+@pytest.mark.parametrize(("epsilon", "fits"), [(float(np.float32(1e-5)), True), (1e-6, False)])
+def test_numbers_are_the_same_that_are_in_float32(
+    run: tuple[Worker, Path], epsilon: float, fits: bool
+) -> None:
+    """As GGUF files hold them, and folders that were made of those."""
+    _, root = run
+    other = Worker(small.parsed(norm_epsilon=epsilon), jax.devices()[:1])
+    with contextlib.nullcontext() if fits else pytest.raises(CheckpointError, match="norm_eps"):
+        other.load_weights(str(root))
 
 
 def test_how_a_model_is_computed_and_trained_may_change_and_changes_are_told(

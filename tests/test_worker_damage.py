@@ -169,20 +169,6 @@ def test_a_list_of_files_that_is_cut_short_is_damage(run: tuple[Worker, Path]) -
                 worker.restore(3)
 
 
-def test_in_a_bucket_what_is_damaged_loses_its_marker(
-    run: tuple[Worker, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    worker, checkpoints = on_disk(run[1])
-    with checkpoints:
-        worker.restore()
-        worker.save(4, {"epoch": 0, "sample": 32})
-        checkpoints.wait()
-        cut_short(run[1] / "checkpoints" / "step_4")
-        monkeypatch.setattr(layout.storage, "is_remote", lambda path: True)
-        assert worker.restore() == Restored(3, {"epoch": 0, "sample": 24})
-        assert checkpoints.steps() == [3]
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_converted_weights_are_tuned_and_sampled_from_in_float32(
     run: tuple[Worker, Path], tmp_path: Path, dtype: str

@@ -16,16 +16,21 @@ from mesh_transformer.checkpoints.family import Family, Json, as_json, shown
 from mesh_transformer.checkpoints.gpt_families import BLOOM, GPT2, GPT_NEO, GPT_NEOX, GPTJ, OPT
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.llama_families import GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3
+from mesh_transformer.checkpoints.t5_family import T5
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.network_rules import MUP
 from mesh_transformer.schema import ConfigError
 
-FAMILIES = (GPTJ, GPT2, GPT_NEO, GPT_NEOX, OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA)
+FAMILIES = (GPTJ, GPT2, GPT_NEO, GPT_NEOX, OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, T5)
 """A model is written as the first of them that computes it."""
 
 _ALWAYS_SAME = {"quantization_config": None}
 
-# Keys of our configuration that say how a model is computed, trained and sampled, not which it is.
-_FREE = {"n_tokens", "compute_dtype", "remat", "unroll", "attention", "z_loss"}
+FREE = {"n_tokens", "compute_dtype", "remat", "unroll", "attention", "z_loss", *MUP} | {
+    *("dropout_embedding", "dropout_attention", "dropout_residual"),
+}
+"""Keys of our configuration that say how a model is computed, trained and sampled, not which it is.
+"""
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
@@ -48,6 +53,15 @@ def config_keys(config: Mapping[str, Any], where: str = "config.json") -> dict[s
         raise CheckpointError(
             f"{where}: model_type is {shown(config, 'model_type')}; this library reads {known}"
         )
+    return keys_by(family, config, where)
+
+
+def keys_by(family: Family, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Translate what describes a model into keys of our configuration, by a family's rows.
+
+    Raises:
+        CheckpointError: As of `config_keys`.
+    """
     problems = [
         f"{key} is {shown(config, key)}; {family.name} is computed with {as_json(needed)} here"
         for key, needed in (*family.same.items(), *_ALWAYS_SAME.items())
@@ -68,7 +82,7 @@ def config_keys(config: Mapping[str, Any], where: str = "config.json") -> dict[s
             keys = {
                 field.name: getattr(model, field.name)
                 for field in dataclasses.fields(model)
-                if field.name not in _FREE
+                if field.name not in FREE
             }
     if problems:
         heading = f"{where} describes a model that this library does not compute:"
@@ -77,14 +91,19 @@ def config_keys(config: Mapping[str, Any], where: str = "config.json") -> dict[s
 
 
 def config_json(
-    model: ModelConfig, dtype: np.dtype[Any], *, eot_id: int | None = None
+    model: ModelConfig,
+    dtype: np.dtype[Any],
+    *,
+    eot_id: int | None = None,
+    bos_id: int | None = None,
 ) -> dict[str, Any]:
     """Describe a model as `transformers` does.
 
     Args:
         dtype: Of the weights.
-        eot_id: The token that ends a text and begins one. None takes the published models', if it
-            is in the vocabulary.
+        eot_id: The token that ends a text, and begins one if no other does. None takes the
+            published models', if it is in the vocabulary.
+        bos_id: Another token that begins a text.
 
     Raises:
         CheckpointError: No family computes what this model does; every reason is listed, of the
@@ -98,12 +117,13 @@ def config_json(
             f"{family.name} comes closest:"
         )
         raise CheckpointError("\n  - ".join([heading, *problems]))
-    begin_id = family.begin_id if eot_id is None else eot_id
+    begin_id = family.begin_id if eot_id is None or family.begin_id is None else eot_id
+    begin_id = begin_id if bos_id is None else bos_id
     eot_id = family.eot_id if eot_id is None else eot_id
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        "bos_token_id": begin_id if begin_id < model.n_vocab else None,
+        "bos_token_id": None if begin_id is None or begin_id >= model.n_vocab else begin_id,
         "eos_token_id": eot_id if eot_id < model.n_vocab else None,
         # Releases before 5 know the older name alone, later ones both.
         "torch_dtype": str(dtype),
@@ -162,11 +182,11 @@ def _meant(family: Family, model: ModelConfig, back: Json) -> dict[str, Any]:
     meant = dict(family.ours) | dict(back)
     for field in dataclasses.fields(model):
         key = field.name
-        if key in meant or key in _FREE:
+        if key in meant or key in FREE:
             continue
         if key in rules.DERIVED:
             try:
-                meant[key] = relations.apply(rules.DERIVED[key], vars(model))
+                meant[key] = relations.apply(rules.DERIVED[key], {**vars(model), **MUP})
             except ValueError:
                 meant[key] = "d_model / n_heads"
         else:

@@ -23,23 +23,30 @@ class Row(NamedTuple):
 
     Attributes:
         theirs: Name in the family; {} is the layer's number.
-        ours: Path below "decoder/"; "[qkv]" in it stands for three arrays in one: those of queries,
-            of keys and of values, one beside the other along the features that they make.
+        ours: Path below "decoder/", or below "encoder/" with that before it; "[qkv]" in it stands
+            for three arrays in one: those of queries, of keys and of values, one beside the other
+            along the features that they make.
         transposed: Whether theirs is `[n_out, n_in]`, as PyTorch's linear layers are.
         by_head: Of three in one: whether each head's three stand together.
+        pairs: Of queries and keys: whether the features that are turned together are neighbours,
+            where ours, of "rotary-half", are half a head apart.
+        gated: Whether it is of models with a gate (`gated`), or of those without; None: of both.
     """
 
     theirs: str
     ours: str
     transposed: bool = False
     by_head: bool = False
+    pairs: bool = False
+    gated: bool | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
         """Paths of our arrays that it holds, in order."""
         several = re.search(r"\[(\w+)\]", self.ours)
         names = several[1] if several else "-"
-        return tuple("decoder/" + re.sub(r"\[\w+\]", name, self.ours) for name in names)
+        ours = self.ours if self.ours.startswith("encoder/") else f"decoder/{self.ours}"
+        return tuple(re.sub(r"\[\w+\]", name, ours) for name in names)
 
 
 class Keys(Protocol):
@@ -189,7 +196,7 @@ class Family:
         ours: Keys of our configuration that must have these values. Those that neither this nor
             `keys` speaks of must be as they are when left out.
         also: What else config.json says when it is written, and nothing depends on.
-        begin_id: The token that begins a text in the published models.
+        begin_id: The token that begins a text in the published models; None: there is none.
         eot_id: The token that ends one.
         rows: Its arrays.
         constants: A regular expression of what weights' files may hold beside them, computed anew
@@ -204,7 +211,7 @@ class Family:
     same: Json
     ours: Json
     also: Json
-    begin_id: int
+    begin_id: int | None
     eot_id: int
     rows: tuple[Row, ...]
     constants: str

@@ -7,13 +7,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mesh_transformer.checkpoints.family import Derived, Json, as_json, number, shown
+from mesh_transformer.checkpoints.family import Derived, Json, Size, as_json, number, shown
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.network_rules import SCALING_FACTORS
 
 _FURTHER = {"yarn": ("attention_factor", "beta_fast", "beta_slow")}
 _WINDOW = "window window_every"
-_TRAINED = "original_max_position_embeddings"
+_TRAINED, _PART = "original_max_position_embeddings", "partial_rotary_factor"
 
 
 def rotary(
@@ -41,7 +41,7 @@ def _read_rotary(theta: str, part: str | None, usual: float, config: Json, keys:
     for name in ("rope_parameters", "rope_scaling"):
         if not isinstance(config.get(name) or {}, dict):
             raise ValueError(f"{name} is {shown(config, name)}; needed is an object or null")
-    parameters = config.get("rope_parameters") or {}
+    parameters = _of_all_layers(config.get("rope_parameters") or {})
     given = {**(config.get("rope_scaling") or {}), **parameters}
     kind = given.get("rope_type", given.get("type", "default"))
     scaling = "none" if kind == "default" else kind
@@ -52,20 +52,42 @@ def _read_rotary(theta: str, part: str | None, usual: float, config: Json, keys:
     bases = {**config, theta: given["rope_theta"]} if "rope_theta" in given else config
     result: dict[str, Any] = {"pe_theta": number(bases, theta, usual), "pe_scaling": scaling}
     result["pe_scaling_factors"] = _factors(scaling, given, config)
-    fraction = given.get("partial_rotary_factor", 1.0)
+    outside = config.get(_PART)
+    fraction = given.get(_PART, 1.0 if outside is None else outside)
     if part is None and fraction != 1:
-        raise ValueError(f"partial_rotary_factor is {as_json(fraction)}; all of a head is turned")
+        raise ValueError(f"{_PART} is {as_json(fraction)}; all of a head is turned")
     if part is not None and {"d_model", "n_heads"} <= keys.keys():
-        fraction = fraction if "partial_rotary_factor" in given else config.get(part, 0.25)
+        fraction = given[_PART] if _PART in given else config.get(part, 0.25)
+        if outside not in (None, fraction):
+            raise ValueError(
+                f"{_PART} is {as_json(outside)}, but {as_json(fraction)} is what {part} or "
+                "rope_parameters say; take one of them away"
+            )
         fraction = number({part: fraction}, part, 0.25)
         result["pe_rotary_dims"] = int(keys["d_model"] // keys["n_heads"] * fraction)
     return result
+
+
+def _of_all_layers(parameters: Json) -> Json:
+    """Return what is said of all layers, where each kind of layer has parameters of its own."""
+    if not any(isinstance(it, dict) for it in parameters.values()):
+        return parameters
+    by_kind = [it for it in parameters.values() if it is not None]
+    if any(it != by_kind[0] for it in by_kind):
+        raise ValueError(
+            f"rope_parameters is {as_json(parameters)}; all layers' positions are computed alike "
+            "here"
+        )
+    return dict(by_kind[0])
 
 
 def _factors(scaling: str, given: Json, config: Json) -> dict[str, float]:
     """Return by how much positions are stretched, with what follows from other keys."""
     trained = config.get(_TRAINED, given.get(_TRAINED, config.get("max_position_embeddings")))
     given = {**given, _TRAINED: trained}
+    if scaling == "yarn" and "factor" in given and given["factor"] is None:
+        longest = number(config, "max_position_embeddings", 0)
+        given = {**given, "factor": longest / number(given, _TRAINED, 0)}
     names = [*SCALING_FACTORS[scaling], *_FURTHER.get(scaling, ())]
     factors = {name: number(given, name, 0) for name in names if given.get(name) is not None}
     for name in SCALING_FACTORS[scaling]:
@@ -113,7 +135,10 @@ def _read_mistral_window(config: Json, keys: Json) -> Json:
     if window is not None and (type(window) is not int or window < 1):
         raise ValueError(f"sliding_window is {as_json(window)}; needed is a whole number or null")
     kinds, kind = config.get("layer_types"), "sliding_attention" if window else "full_attention"
-    if kinds is not None and kinds != [kind] * keys.get("layers", 0):
+    n_layers, seq = keys.get("layers", 0), keys.get("seq", 0)
+    if window and window >= seq and kinds == ["full_attention"] * n_layers:
+        return {"window": 0, "window_every": 1}  # which is wide enough for all that there is
+    if kinds is not None and kinds != [kind] * n_layers:
         raise ValueError(f"layer_types is {as_json(kinds)}; all layers are computed alike here")
     return {"window": window or 0, "window_every": 1}
 
@@ -206,6 +231,18 @@ def _write_opt_norms(model: ModelConfig) -> Json:
 
 
 OPT_NORMS = Derived("residual final_norm", _read_opt_norms, _write_opt_norms)
+
+
+def _read_head_dim(config: Json, keys: Json) -> Json:
+    return Size("head_dim", "d_head", nullable=True).read(config, keys)
+
+
+def _write_head_dim(model: ModelConfig) -> Json:
+    return {} if model.d_head * model.n_heads == model.d_model else {"head_dim": model.d_head}
+
+
+HEAD_DIM = Derived("d_head", _read_head_dim, _write_head_dim)
+"""Of families that read the key where it is there, and take no null."""
 
 
 def _read_root_scale(config: Json, keys: Json) -> Json:

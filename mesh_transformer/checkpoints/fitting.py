@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,10 @@ from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.decoder import make_model
 from mesh_transformer.model.layers import PADDING_BIAS
 
+_POSITIONS = "decoder/positions/embeddings"
 _VOCAB_AXIS = {"decoder/embed/embeddings": 0, "decoder/unembed/w": 1, "decoder/unembed/b": 0}
+
+_logger = logging.getLogger(__name__)
 
 
 def model_arrays(model: ModelConfig) -> dict[Key, tuple[int, ...]]:
@@ -51,9 +55,11 @@ def cast(array: np.ndarray, dtype: np.dtype[Any], what: str) -> np.ndarray:
 def fitted(source: Source, model: ModelConfig) -> Source:
     """Return a source as the model needs it: checked, its vocabulary padded if need be.
 
+    Of a table of learned positions that is longer than the model's, the first are taken.
+
     Raises:
         CheckpointError: It lacks arrays of the model, or has others; every one is listed. Or rows
-            that pad its vocabulary would be taken for tokens.
+            that pad its vocabulary would be taken for tokens, or positions are missing.
     """
     table = source.arrays.get(Key(PARAMS, "decoder/embed/embeddings"))
     if table and len(table.shape) == 2 and table.shape[0] < model.n_vocab:
@@ -64,6 +70,9 @@ def fitted(source: Source, model: ModelConfig) -> Source:
                 f"set n_tokens to {table.shape[0]} or less"
             )
         source = WithVocabulary(source, model.n_vocab)
+    learned = source.arrays.get(Key(PARAMS, _POSITIONS))
+    if learned and model.pe == "fixed" and len(learned.shape) == 2:
+        source = _with_positions(source, learned.shape[0] - model.pe_offset, model)
     needed = model_arrays(model)
     held = {key: array.shape for key, array in source.arrays.items() if key.kind == PARAMS}
     problems = [
@@ -83,6 +92,43 @@ def fitted(source: Source, model: ModelConfig) -> Source:
         heading = f"{source.where} does not fit the configuration:"
         raise CheckpointError("\n  - ".join([heading, *problems[:6], *more, *keys]))
     return source
+
+
+def _with_positions(source: Source, n_learned: int, model: ModelConfig) -> Source:
+    """Return a source with as many learned positions as the model has."""
+    if n_learned < model.seq:
+        raise CheckpointError(
+            f"{source.where} has learned {n_learned} positions, seq is {model.seq}: set seq to "
+            f"{n_learned} or less"
+        )
+    if n_learned == model.seq:
+        return source
+    _logger.info(
+        "%s has learned %d positions; the first %d are taken (seq)",
+        *(source.where, n_learned, model.seq),
+    )
+    return WithPositions(source, model.seq + model.pe_offset)
+
+
+class WithPositions:
+    """A source of whose table of learned positions the first rows are taken."""
+
+    def __init__(self, source: Source, n_rows: int) -> None:
+        self._source, self._n_rows = source, n_rows
+        self.where, self.about, self.step = source.where, source.about, source.step
+        self.counts: Counts | None = source.counts
+        self.known: Mapping[str, Any] = source.known
+        self.arrays: Mapping[Key, Array] = {
+            key: array._replace(shape=(n_rows, *array.shape[1:]))
+            if key.path == _POSITIONS
+            else array
+            for key, array in source.arrays.items()
+        }
+
+    def read(self, key: Key) -> np.ndarray:
+        """Read an array, without the rows that are not taken."""
+        array = self._source.read(key)
+        return array[: self._n_rows] if key.path == _POSITIONS else array
 
 
 class WithVocabulary:

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -23,20 +23,19 @@ from mesh_transformer import storage
 from mesh_transformer.checkpoints import pytorch, safetensors
 from mesh_transformer.checkpoints.families import config_json, config_keys, family_of
 from mesh_transformer.checkpoints.family import Family
-from mesh_transformer.checkpoints.fitting import cast, fitted, model_arrays
+from mesh_transformer.checkpoints.fitting import cast, fitted
 from mesh_transformer.checkpoints.layout import CheckpointError
-from mesh_transformer.checkpoints.source import PARAMS, Array, Counts, Key, Source
-from mesh_transformer.checkpoints.tensors import Tensor, tensors
+from mesh_transformer.checkpoints.named import NamedSource, Stored
+from mesh_transformer.checkpoints.source import PARAMS, Array, Key, Source
+from mesh_transformer.checkpoints.tensors import tensors
 from mesh_transformer.config import ModelConfig
 
-Stored: TypeAlias = safetensors.Stored | pytorch.Mapped
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 SHARD_BYTES = 5 * 10**9
 
 _SAFETENSORS, _PYTORCH, _INDEX = "model.safetensors", "pytorch_model.bin", ".index.json"
 _TABLE = Key(PARAMS, "decoder/embed/embeddings")
 _TABLE_BIAS = Key(PARAMS, "decoder/embed/b")
-_LISTED = 6  # arrays that a message names of each kind of problem
 _ROWS_AT_A_TIME = 256  # of the embedding, in float32 while the bias is added
 
 
@@ -46,7 +45,25 @@ def is_huggingface(folder: str) -> bool:
     return storage.exists(config) and b'"model_type"' in storage.read_bytes(config)
 
 
-class HuggingFace:
+def end_ids(folder: str) -> tuple[int, ...]:
+    """Return the tokens that end what a model writes, by its generation_config.json or config.json.
+
+    Raises:
+        CheckpointError: What stands there is no token id, and no list of them.
+    """
+    for path in (storage.join(folder, name) for name in (GENERATION, CONFIG)):
+        said = read_json(path).get("eos_token_id") if storage.exists(path) else None
+        if said is not None:
+            ids = said if isinstance(said, list) else [said]
+            if not all(type(it) is int and it >= 0 for it in ids):
+                raise CheckpointError(
+                    f"{path}: eos_token_id is {said!r}; needed is a token id, a list of ids or null"
+                )
+            return tuple(ids)
+    return ()
+
+
+class HuggingFace(NamedSource):
     """A Hugging Face folder, opened and checked against its own config.json.
 
     Raises:
@@ -54,67 +71,17 @@ class HuggingFace:
             are not those of its configuration; every difference is listed.
     """
 
-    step = 0
-    counts: Counts | None = None
-
     def __init__(self, folder: str) -> None:
-        self.where = folder
         path = storage.join(folder, CONFIG)
-        config = _read_json(path)
-        self.known: Mapping[str, Any] = config_keys(config, path)
+        config = read_json(path)
+        known = config_keys(config, path)
         family = family_of(config)
         assert family is not None, "config_keys has refused it"
-        model = ModelConfig(**self.known)
+        model = ModelConfig(**known)
         stored, files = _open_files(folder)
-        self._stored = _with_prefix(stored, family)
-        ours, listed = model_arrays(model), tensors(family, model)
-        self._check(family, model, listed)
-        self._places = {key: tensor for tensor in listed for key in tensor.keys}
-        self.arrays: dict[Key, Array] = {
-            key: Array(ours[key], self._stored[tensor.name].array.dtype)
-            for key, tensor in self._places.items()
-        }
-        if _TABLE_BIAS in ours:
-            self.arrays[_TABLE_BIAS] = Array(ours[_TABLE_BIAS], self.arrays[_TABLE].dtype)
-        dtypes = " and ".join(sorted({array.dtype.name for array in self.arrays.values()}))
-        self.about = f"{family.name} of transformers, {files}, {dtypes}"
-
-    def read(self, key: Key) -> np.ndarray:
-        """Read one array."""
-        if key not in self._places:
-            return np.zeros(*self.arrays[key])
-        tensor = self._places[key]
-        return tensor.part(self._stored[tensor.name].read(), key)
-
-    def _check(self, family: Family, model: ModelConfig, listed: Iterable[Tensor]) -> None:
-        """List what is not as the configuration says."""
-        stored, needed = self._stored, {tensor.name: tensor.shape for tensor in listed}
-        missing = [f"{name} is missing" for name in needed if name not in stored]
-        # Files may hold a copy of the embeddings as the head, which transformers too ignores.
-        tied = {row.theirs for row in family.rows if row.ours == "unembed/w"}
-        unused = tied if model.tie_embeddings else set()
-        extra = [
-            f"{name} is no part of a {family.name}"
-            for name in stored
-            if name not in needed.keys() | unused and not re.fullmatch(family.constants, name)
-        ]
-        wrong = [
-            f"{name} is {list(stored[name].shape)}, {list(shape)} by {CONFIG}"
-            for name, shape in needed.items()
-            if name in stored and stored[name].shape != shape
-        ]
-        unread = []
-        for name in needed.keys() & stored.keys():
-            try:
-                _ = stored[name].array
-            except CheckpointError as error:
-                unread.append(str(error))
-        problems = [
-            text for kind in (missing, extra, wrong, sorted(unread)) for text in _some(kind)
-        ]
-        if problems:
-            heading = f"{self.where} is not what its {CONFIG} describes:"
-            raise CheckpointError("\n  - ".join([heading, *problems]))
+        what = f"{family.name} of transformers, {files}"
+        full = _with_prefix(stored, family)
+        super().__init__(folder, what, family, model, known, full, CONFIG)
 
 
 def _with_prefix(stored: Mapping[str, Stored], family: Family) -> dict[str, Stored]:
@@ -149,7 +116,7 @@ def _open_files(folder: str) -> tuple[dict[str, Stored], str]:
 
 def _files_of(index: str) -> list[str]:
     """List the files that an index names."""
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} is damaged: it has no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
@@ -167,6 +134,7 @@ def write(
     dtype: np.dtype[Any],
     shard_bytes: int = SHARD_BYTES,
     eot_id: int | None = None,
+    bos_id: int | None = None,
     advance: Callable[[int], object] = lambda n: None,
 ) -> None:
     """Write a folder that `transformers` reads; config.json comes last.
@@ -176,14 +144,14 @@ def write(
         source: Of the model's arrays.
         dtype: Of the weights.
         shard_bytes: Of one file, at most; an array that is larger has a file for itself.
-        eot_id: As for `families.config_json`.
+        eot_id, bos_id: As for `families.config_json`.
         advance: Called with the bytes of each array that is written.
 
     Raises:
         CheckpointError: `transformers` has no such model, the source is not of it, or a weight is
             too large for the dtype.
     """
-    config = config_json(model, dtype, eot_id=eot_id)
+    config = config_json(model, dtype, eot_id=eot_id, bos_id=bos_id)
     family = family_of(config)
     assert family is not None, "config_json names one of them"
     source = fitted(source, model)
@@ -245,7 +213,12 @@ def _embedding(source: Source, dtype: np.dtype[Any]) -> np.ndarray:
     return result_VD
 
 
-def _read_json(path: str) -> dict[str, Any]:
+def read_json(path: str) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Raises:
+        CheckpointError: It is missing, or holds something else.
+    """
     try:
         value = json.loads(storage.read_text(path))
     except FileNotFoundError as error:
@@ -259,10 +232,3 @@ def _read_json(path: str) -> dict[str, Any]:
 
 def _write_json(path: str, value: Mapping[str, Any]) -> None:
     storage.write_text_atomically(path, json.dumps(value, indent=2) + "\n")
-
-
-def _some(problems: Iterable[str]) -> list[str]:
-    """Shorten a list for a message."""
-    listed = list(problems)
-    more = [f"and {len(listed) - _LISTED} more like it"] if len(listed) > _LISTED else []
-    return listed[:_LISTED] + more

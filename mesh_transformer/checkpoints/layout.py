@@ -89,7 +89,7 @@ def step_folder(folder: epath.Path, step: int) -> epath.Path:
 
 def is_complete(folder: epath.Path) -> bool:
     """Whether a step folder is a checkpoint."""
-    return _TMP not in folder.name and (folder / MARKER).exists()
+    return _TMP not in folder.name and storage.exists(str(folder / MARKER))
 
 
 def steps(folder: epath.Path) -> list[int]:
@@ -111,14 +111,14 @@ def unfinished(folder: epath.Path) -> list[epath.Path]:
 
 def delete(folder: epath.Path) -> None:
     """Delete a step folder, the marker first."""
-    (folder / MARKER).unlink(missing_ok=True)
-    folder.rmtree()
+    remove_marker(folder)
+    storage.remove_folder(str(folder))
 
 
-def delete_if_there(folder: epath.Path) -> None:
-    """Delete what a save that failed has left of a step folder."""
-    if folder.exists():
-        delete(folder)
+def remove_marker(folder: epath.Path) -> None:
+    """Make a step folder no checkpoint any more, if it is one."""
+    with contextlib.suppress(FileNotFoundError):
+        storage.remove(str(folder / MARKER))
 
 
 def set_aside(folder: epath.Path) -> str:
@@ -131,7 +131,7 @@ def set_aside(folder: epath.Path) -> str:
         Where the folder is now.
     """
     if storage.is_remote(str(folder)):
-        (folder / MARKER).unlink(missing_ok=True)
+        remove_marker(folder)
         return str(folder)
     others = (f"{folder.name}.{n}" for n in itertools.count(2))
     names = itertools.chain([folder.name], others)
@@ -146,9 +146,21 @@ def being_written(folder: epath.Path) -> epath.Path:
 
 def list_files(folder: epath.Path) -> None:
     """Write down which files there are in a step folder, for `damaged_files`."""
-    names = [name for item in ("about", "state") for name in _file_names(folder, item)]
+    inside = ((item, storage.files(str(folder / item))) for item in ("about", "state"))
+    names = [f"{item}/{name}" for item, found in inside for name in found]
     listed = {name: _file_summary(folder / name) for name in names}
-    (folder / _FILES).write_text(json.dumps(listed))
+    write_json(folder / _FILES, listed)
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Write a file of a step folder that is not a checkpoint yet."""
+    storage.write_text_atomically(str(path), json.dumps(value))
+
+
+def make_folder(folder: epath.Path) -> None:
+    """Make a local folder; buckets have none, and gcsfs would make a bucket that is missing."""
+    if not storage.is_remote(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def damaged_files(folder: epath.Path) -> list[str]:
@@ -165,7 +177,7 @@ def damaged_files(folder: epath.Path) -> list[str]:
 
 def _damaged_files(folder: epath.Path) -> list[str]:
     try:
-        listed = json.loads((folder / _FILES).read_text())
+        listed = json.loads(storage.read_text(str(folder / _FILES)))
     except FileNotFoundError:
         return [f"{_FILES} (missing)"]
     except ValueError:  # not JSON, or not even text
@@ -323,23 +335,18 @@ def _candidates(folder: epath.Path) -> list[int]:
 
 
 def _children(folder: epath.Path) -> list[epath.Path]:
-    """List what is in a folder: nothing if there is none, as in a bucket before the first file."""
-    return list(folder.iterdir()) if folder.is_dir() else []
+    """List what is in a folder: nothing if there is none.
 
-
-def _file_names(folder: epath.Path, inside: str) -> list[str]:
-    """List all files inside a folder in `folder`, as paths from `folder`."""
-    names = []
-    for child in sorted(_children(folder / inside), key=lambda child: child.name):
-        name = f"{inside}/{child.name}"
-        names += _file_names(folder, name) if child.is_dir() else [name]
-    return names
+    What etils, or fsspec below it, is refused it takes for nothing; a run would begin anew.
+    """
+    return [folder / name for name in storage.children(str(folder))]
 
 
 def _file_summary(path: epath.Path) -> list[int | None]:
     """Give a file's length, and its checksum if it is short; nothing if there is no such file."""
     try:
-        length = path.stat().length
-        return [length, zlib.crc32(path.read_bytes()) if length <= _CHECKSUM_BYTES else None]
+        length = storage.size(str(path))
+        short = length <= _CHECKSUM_BYTES
+        return [length, zlib.crc32(storage.read_bytes(str(path))) if short else None]
     except FileNotFoundError:
         return []

@@ -19,6 +19,7 @@ from mesh_transformer.checkpoints.family import (
     tied,
 )
 from mesh_transformer.checkpoints.family_keys import (
+    HEAD_DIM,
     MISTRAL_WINDOW,
     QWEN_WINDOW,
     ROOT_SCALE,
@@ -110,7 +111,7 @@ QWEN2 = dataclasses.replace(
     name="Qwen2",
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
-    keys=_keys(_kv_heads(32), QWEN_WINDOW),
+    keys=_keys(_kv_heads(32), HEAD_DIM, QWEN_WINDOW),
     ours={**_OURS, "qkv_bias": True, "o_bias": False, "ff_bias": False},
     begin_id=151643,
     eot_id=151643,
@@ -139,6 +140,7 @@ GEMMA = dataclasses.replace(
         Size("head_dim", "d_head", default=256),
         _ATTENTION_BIAS,
         ROOT_SCALE,
+        Choice("use_bidirectional_attention", "", {None: None, False: None}, None),
         # The first models say "gelu" and mean its approximation; the second came to mend that.
         act=(
             Choice("hidden_act", "activation", _TANH | {"gelu": "gelu_new"}, "gelu_pytorch_tanh"),
@@ -146,7 +148,7 @@ GEMMA = dataclasses.replace(
         ),
         tie=True,
     ),
-    same={"use_bidirectional_attention": None},
+    same={},
     ours={**_OURS, "norm": "rmsnorm-mean-plus-one", "ff_bias": False},
     also={**LLAMA.also, "pad_token_id": 0},
     begin_id=2,

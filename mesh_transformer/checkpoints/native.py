@@ -65,12 +65,14 @@ class Checkpoints:
 
         Raises:
             CheckpointError: Another process has taken the root over and lives.
+            UserError: It is where no checkpoints can be kept, or refuses to be listed.
         """
+        retention.check_kept(root)
         retention.superseded([], keep_n=keep_n, keep_every=keep_every)
         self._keep_n = keep_n
         self._keep_every = keep_every
         self._folder = layout.absolute(root) / "checkpoints"
-        self._folder.mkdir(parents=True, exist_ok=True)
+        layout.make_folder(self._folder)
         with contextlib.ExitStack() as lock:
             if not storage.is_remote(root) and jax.process_index() == 0:
                 taken = f"another process trains in {root}: end it, or set another model_dir"
@@ -156,7 +158,9 @@ class Checkpoints:
         self._pending = None
         if error is not None:
             folder = self._step_folder(step)
-            with contextlib.suppress(OSError):  # what stays is removed by the next run's start
+            with contextlib.suppress(
+                OSError, storage.StorageError
+            ):  # what stays is removed by the next run's start
                 self._remove_unfinished()
             raise CheckpointError(
                 f"saving step {step} to {folder} failed: {layout.reason(error)}"
@@ -256,7 +260,7 @@ class Checkpoints:
         old = retention.superseded(self.steps(), keep_n=self._keep_n, keep_every=self._keep_every)
         try:
             self._delete(old)
-        except OSError as error:
+        except (OSError, storage.StorageError) as error:
             _logger.warning("superseded checkpoints %s are not all deleted: %s", old, error)
 
     def _delete(self, steps: list[int]) -> None:

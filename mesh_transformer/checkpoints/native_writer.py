@@ -22,7 +22,8 @@ import optax
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from mesh_transformer.checkpoints import layout
+from mesh_transformer import storage
+from mesh_transformer.checkpoints import layout, retention
 from mesh_transformer.checkpoints.fingerprint import as_digits, box_sum
 from mesh_transformer.checkpoints.fitting import cast
 from mesh_transformer.checkpoints.layout import CheckpointError
@@ -59,8 +60,9 @@ def write(
         CheckpointError: The source is damaged, there is something at the folder, or it cannot be
             written.
     """
+    retention.check_kept(folder)
     place = layout.absolute(folder)
-    if place.exists():
+    if storage.exists(str(place)):
         raise CheckpointError(f"{folder} is there already: write to another folder, or delete it")
     state = layout.by_path(_state(source, dtype, moments and source.counts is not None))
     handler = _PartsHandler(advance)
@@ -71,21 +73,21 @@ def write(
     def finish() -> None:
         """Write down what only those who have written all arrays know."""
         prints = {path: handler.fingerprint(path) for path in state}
-        (begun / "about" / "about.json").write_text(json.dumps(about | {"fingerprints": prints}))
+        layout.write_json(begun / "about" / "about.json", about | {"fingerprints": prints})
         layout.list_files(begun)
 
     items = ocp.args.Composite(
         state=ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=layout.FILE_BYTES),
         about=ocp.args.JsonSave(about),
     )
-    place.parent.mkdir(parents=True, exist_ok=True)
+    layout.make_folder(place.parent)
     writer = layout.make_writer(place, finish, (_Parts, handler))
     try:
         with (
             layout.named_errors(f"writing {folder} failed", writing=True),
             contextlib.ExitStack() as unless_finished,
         ):
-            unless_finished.callback(layout.delete_if_there, begun)
+            unless_finished.callback(layout.delete, begun)
             writer.save(place, args=items)
             writer.wait_until_finished()
             unless_finished.pop_all()

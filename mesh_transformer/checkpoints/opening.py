@@ -2,7 +2,8 @@
 
 A path may be a run's folder or a step folder of this library's or of mesh-transformer-jax's (full
 or slim, of its first or its second model), or a Hugging Face folder; on a local disk, in gs:// or
-in s3:// alike.
+in s3:// alike. It may also be a file or a folder of JAXSeq, of ZeRO-transformer or of Cerebras's
+model zoo, or a GGUF file.
 """
 
 from __future__ import annotations
@@ -12,23 +13,43 @@ from typing import Any, Literal, NamedTuple
 
 from mesh_transformer import storage
 from mesh_transformer.checkpoints import (
+    cerebras,
     fused,
+    gguf_files,
     huggingface,
+    jaxseq,
     native_source,
+    npz,
     original,
     original_run,
     pieces,
     reading,
+    zero_transformer,
 )
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.source import Source
 from mesh_transformer.config import Config, ModelConfig, parse
 
-Format = Literal["native", "original", "fused", "huggingface"]
+Format = Literal[
+    "native", "original", "fused", "huggingface", "jaxseq", "zero-transformer", "cerebras", "gguf"
+]
 
 UNFINISHED = "unfinished"
 """Ends the name of a folder that is being written; of a file, in a folder of a bucket that is."""
 
+_BY_FILES: dict[Format, Callable[[str], str | None]] = {
+    "gguf": gguf_files.find,
+    "cerebras": cerebras.find,
+    "zero-transformer": zero_transformer.find,
+}
+_FILES = (".gguf", ".msgpack", ".pth", ".mdl")
+_TELLING: dict[Format, Callable[[str], Source]] = {
+    "huggingface": huggingface.HuggingFace,
+    "jaxseq": jaxseq.JaxSeq,
+    "cerebras": cerebras.Cerebras,
+    "gguf": gguf_files.Gguf,
+}
+"""Sources that hold the configuration of their model themselves."""
 _NOT_TRAINED = {
     "per_replica_batch": 1, "warmup_steps": 0, "anneal_steps": 1, "total_steps": 1, "lr": 1e-5,
     "end_lr": 1e-5, "weight_decay": 0.0, "train_set": "none", "ckpt_every": 1, "keep_every": 1,
@@ -37,7 +58,7 @@ _NOT_TRAINED = {
 
 
 class Found(NamedTuple):
-    """A checkpoint, by its format and its own folder."""
+    """A checkpoint, by its format and its own folder; or its file, where it is one."""
 
     format: Format
     folder: str
@@ -54,6 +75,8 @@ def find(path: str) -> Found:
         raise CheckpointError(f"{path} was never finished; write it again")
     if (folder := reading.locate(path)) is not None:
         return Found("native", folder)
+    if (file := jaxseq.find(path)) is not None:
+        return Found("jaxseq", file)
     if huggingface.is_huggingface(path):
         return Found("huggingface", path)
     for folder in (path, original_run.newest(path)):
@@ -63,11 +86,15 @@ def find(path: str) -> Found:
             return Found("original", folder)
         if folder and fused.is_fused(folder):
             return Found("fused", folder)
+    for format, named in _BY_FILES.items():
+        if (file := named(path)) is not None:
+            return Found(format, file)
     there = "holds no complete checkpoint" if storage.exists(path) else "does not exist"
     raise CheckpointError(
         f"{path} {there}; needed is the folder (model_dir) of a run that has saved one, a step "
-        "folder in it, a step folder of mesh-transformer-jax (with shard_0 or params in it), or a "
-        "Hugging Face folder (with config.json and weights)"
+        "folder in it, a step folder of mesh-transformer-jax (with shard_0 or params in it), a "
+        "Hugging Face folder (with config.json and weights), or a file of another program's "
+        f"({', '.join(_FILES)})"
     )
 
 
@@ -86,13 +113,18 @@ def open_source(
     """
     if found.format == "native":
         return native_source.NativeSource(found.folder)
-    if found.format == "huggingface":
-        return huggingface.HuggingFace(found.folder)
+    if (telling := _TELLING.get(found.format)) is not None:
+        return telling(found.folder)
+    is_zero = found.format == "zero-transformer"
     if model is None:
+        program = "ZeRO-transformer" if is_zero else "mesh-transformer-jax"
+        which = "a JSON file with the keys of its model" if is_zero else "the JSON file of the run"
         raise CheckpointError(
-            f"{found.folder} is of mesh-transformer-jax, whose checkpoints hold no configuration: "
-            "give --config, the JSON file of the run that wrote it"
+            f"{found.folder} is of {program}, whose checkpoints hold no configuration: "
+            f"give --config, {which}{'' if is_zero else ' that wrote it'}"
         )
+    if is_zero:
+        return zero_transformer.ZeroTransformer(found.folder, model)
     if found.format == "fused":
         return fused.Fused(found.folder, model, original_cores)
     return original.Original(found.folder, model)
@@ -113,12 +145,16 @@ def verify(found: Found, source: Source, advance: Callable[[int], object]) -> No
     for key, array in source.arrays.items():
         source.read(key)
         advance(array.n_bytes)
+    if isinstance(source, original.Original):
+        for member in source.unused:
+            npz.read(member)
 
 
 def stored_config(path: str) -> Config:
     """Return the configuration that the checkpoint at a path holds.
 
-    Of a Hugging Face folder it describes the model and its tokenizer; the rest is made up.
+    Of another program's it describes the model and says that its tokenizer lies beside it, whether
+    it does or not: no tokenizer can be told by how many ids it has. The rest is made up.
 
     Raises:
         CheckpointError: There is no complete checkpoint, or one that holds no configuration.
@@ -128,13 +164,24 @@ def stored_config(path: str) -> Config:
     if found.format == "native":
         return parse(reading.read_extra(found.folder)["config"], source=found.folder)
     keys: dict[str, Any] = dict(open_source(found, None).known)
-    has_tokenizer = storage.exists(storage.join(found.folder, "tokenizer.json"))
-    about = {
-        "name": found.folder,
-        "model_dir": found.folder,
-        "tokenizer": found.folder if has_tokenizer else "gpt2",
-    }
+    folder = folder_of(found.folder)
+    about = {"name": folder, "model_dir": folder, "tokenizer": folder}
     return parse({**_NOT_TRAINED, **about, **keys}, source=found.folder)
+
+
+def end_ids(path: str) -> tuple[int, ...]:
+    """Return the tokens that the checkpoint at a path ends its texts with, where it says so itself.
+
+    Raises:
+        CheckpointError: There is no complete checkpoint, or what it says are no token ids.
+    """
+    found = find(path)
+    return huggingface.end_ids(found.folder) if found.format == "huggingface" else ()
+
+
+def folder_of(where: str) -> str:
+    """Name the folder that a checkpoint is, or lies in where it is a file."""
+    return where if storage.children(where) else where.rpartition("/")[0] or "."
 
 
 def check_unused(root: str) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of mesh-transformer-jax (its first model, which GPT-J-6B is), read and written.
+"""Checkpoints of mesh-transformer-jax (its first model, which GPT-J-6B is), read.
 
     step_383500/shard_0/0.npz ... 15.npz    one folder a shard, always 16 files in each
     step_383500/shard_1/...
@@ -12,17 +12,16 @@ array is which follows from the configuration, so a folder is read with one and 
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mesh_transformer import network_rules, storage
 from mesh_transformer.checkpoints import npz, roles
-from mesh_transformer.checkpoints.fitting import cast, model_arrays, weights_dtype
+from mesh_transformer.checkpoints.fitting import model_arrays
 from mesh_transformer.checkpoints.layout import CheckpointError
-from mesh_transformer.checkpoints.source import MU, NU, PARAMS, Array, Counts, Key, Source
+from mesh_transformer.checkpoints.source import MU, NU, PARAMS, Array, Counts, Key
 from mesh_transformer.config import ModelConfig
 
 N_FILES = 16
@@ -58,12 +57,15 @@ def weight_leaves(model: ModelConfig) -> list[Leaf]:
     """
     shapes = model_arrays(model)
     found = []
-    for row in (*roles.ROLES, *roles.norm_rows(model.norm)):
+    for row in roles.rows_of(model):
         for layer in range(model.layers) if "{}" in row.module else (None,):
             key = Key(PARAMS, f"decoder/{row.path}", layer)
             module = _ROOT + row.module.format(layer)
-            if key in shapes:
-                leaf = Leaf("", key, row.role, row.name, shapes[key])
+            held = _parts_of(key)
+            if held[0] in shapes:
+                shape = shapes[held[0]]
+                shape = (*shape[:-1], len(held) * shape[-1]) if len(held) > 1 else shape
+                leaf = Leaf("", key, row.role, row.name, shape)
             elif row.name == "offset" and model.norm == "layernorm-nobias":
                 leaf = Leaf("", None, row.role, row.name, (model.d_model,))
             else:
@@ -71,6 +73,13 @@ def weight_leaves(model: ModelConfig) -> list[Leaf]:
             found.append((module, row.name, leaf))
     found.sort(key=lambda it: it[:2])
     return [leaf._replace(name=f"params/{module}/{name}") for module, name, leaf in found]
+
+
+def _parts_of(key: Key) -> tuple[Key, ...]:
+    """List our arrays in one of theirs: of queries, keys and values, where it holds all three."""
+    if roles.COMBINED not in key.path:
+        return (key,)
+    return tuple(key._replace(path=key.path.replace(roles.COMBINED, name)) for name in "qkv")
 
 
 def leaves(model: ModelConfig, *, moments: bool) -> list[Leaf]:
@@ -131,24 +140,31 @@ class Original:
     def __init__(self, folder: str, model: ModelConfig) -> None:
         self.where = folder
         self.known: Mapping[str, Any] = {}
-        check_computed(model)
+        if network_rules.unlike(network_rules.FORK, vars(model)):
+            check_computed(model)
+        self._n_heads = model.n_heads
         self.n_shards = count_shards(folder)
         self._members = [self._open(shard) for shard in range(self.n_shards)]
-        n_found = len(self._members[0])
         weights, full = leaves(model, moments=False), leaves(model, moments=True)
-        self._leaves = full if n_found == len(full) else weights
+        self._leaves = full if (n_found := len(self._members[0])) == len(full) else weights
         if n_found != len(self._leaves):
+            check_computed(model)  # what has other arrays is most likely not of the fork
             raise CheckpointError(_wrong_number(folder, n_found, model))
         with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
             # Of shard 0; what others say is looked at as it is read.
             found = list(pool.map(npz.describe, self._members[0]))
-        problems = self._misfits(found, model)
-        if problems:
+        if problems := self._misfits(found, model):
             heading = f"{folder} does not fit the configuration:"
             raise CheckpointError("\n  - ".join([heading, *problems]))
-        self._at = {leaf.key: i for i, leaf in enumerate(self._leaves) if leaf.key}
+        self._at = {
+            key: i for i, leaf in enumerate(self._leaves) if leaf.key for key in _parts_of(leaf.key)
+        }
+        spare = [i for i, leaf in enumerate(self._leaves) if leaf.role and not leaf.key]
+        self.unused = [members[i] for members in self._members for i in spare]
+        shapes = model_arrays(model)
         self.arrays: Mapping[Key, Array] = {
-            key: Array(self._leaves[i].shape, found[i].dtype) for key, i in self._at.items()
+            key: Array(shapes[key._replace(kind=PARAMS)], found[i].dtype)
+            for key, i in self._at.items()
         }
         numbers = self._counts(0)
         for shard in range(1, self.n_shards):
@@ -176,8 +192,19 @@ class Original:
 
     def read(self, key: Key) -> np.ndarray:
         """Read one array from all shards, and merge them."""
+        leaf = self._leaves[self._at[key]]
+        assert leaf.key is not None
+        merged, parts = self._merged(key), _parts_of(leaf.key)
+        if len(parts) == 1:
+            return merged
+        by_head = merged.reshape(*merged.shape[:-1], self._n_heads, len(parts), -1)
+        own = by_head[..., parts.index(key), :]
+        return np.ascontiguousarray(own).reshape(self.arrays[key].shape)
+
+    def _merged(self, key: Key) -> np.ndarray:
         at = self._at[key]
-        leaf, whole = self._leaves[at], self.arrays[key]
+        leaf = self._leaves[at]
+        whole = Array(leaf.shape, self.arrays[key].dtype)
         assert leaf.role is not None
         axis = roles.split_axis(leaf.role)
         if axis is None:
@@ -202,7 +229,7 @@ class Original:
         leaf = self._leaves[at]
         expected = leaf.part_shape(self.n_shards)
         assert leaf.key is not None
-        dtype = self.arrays[leaf.key].dtype
+        dtype = self.arrays[_parts_of(leaf.key)[0]].dtype
         if (part.shape, part.dtype) != (expected, dtype):
             raise CheckpointError(
                 f"{self._members[shard][at]} is {list(part.shape)} of {part.dtype}; {leaf.name} is "
@@ -319,82 +346,3 @@ def _keys_to_change(
         (needed,) = missing
         wrong.append(f"or shards are missing: there are {n_shards}, {needed:g} would fit")
     return wrong
-
-
-def write(
-    folder: str,
-    source: Source,
-    model: ModelConfig,
-    *,
-    n_shards: int,
-    dtype: np.dtype[Any] | None,
-    moments: bool,
-    advance: Callable[[int], object],
-) -> None:
-    """Write a step folder as the original would with so many shards.
-
-    Args:
-        folder: There already, and empty.
-        n_shards: Divides heads, vocabulary and feed-forward features.
-        dtype: Of the weights; as in the source if None. Moments are float32.
-        moments: Whether to write the optimizer's state, which `source` then has.
-        advance: Called with the bytes of each array that is written.
-
-    Raises:
-        CheckpointError: The original does not compute such a model.
-    """
-    check_computed(model)
-    listed = leaves(model, moments=moments)
-    paths = [storage.join(folder, f"shard_{shard}") for shard in range(n_shards)]
-    numbers = {"step": source.step}
-    if moments:
-        assert source.counts is not None
-        numbers |= {"adam count": source.counts.adam, "schedule count": source.counts.schedule}
-    begin = 0
-    for i, n in enumerate(n_files_of(len(listed))):
-        archives = [npz.Writer(storage.join(path, f"{i}.npz")) for path in paths]
-        with (
-            contextlib.ExitStack() as opened,
-            concurrent.futures.ThreadPoolExecutor(_READERS) as pool,
-        ):
-            for archive in archives:
-                opened.enter_context(archive)
-            for leaf in listed[begin : begin + n]:
-                _write_leaf(leaf, source, numbers, archives, dtype, pool, advance)
-        begin += n
-
-
-def _write_leaf(
-    leaf: Leaf,
-    source: Source,
-    numbers: Mapping[str, int],
-    archives: list[npz.Writer],
-    dtype: np.dtype[Any] | None,
-    pool: concurrent.futures.Executor,
-    advance: Callable[[int], object],
-) -> None:
-    n_shards = len(archives)
-    if leaf.role is None:
-        whole = np.asarray(numbers[leaf.name], np.int32)
-    elif leaf.key is None:
-        weight = leaf.name.startswith(PARAMS)
-        whole = np.zeros(leaf.shape, (dtype or weights_dtype(source)) if weight else np.float32)
-    else:
-        whole = source.read(leaf.key)
-        if dtype is not None and leaf.key.kind == PARAMS:
-            whole = cast(whole, dtype, str(leaf.key))
-    kind = leaf.key.kind if leaf.key else PARAMS
-    axis = None if leaf.role is None else roles.split_axis(leaf.role)
-    if leaf.role is not None and axis is not None:
-        scale = roles.gathered_scale(leaf.role, kind, n_shards)
-        whole = whole if scale == 1 else (whole / scale).astype(whole.dtype)
-        parts = np.split(whole, n_shards, axis)
-    elif leaf.role is not None:
-        parts = [
-            roles.copy_for(leaf.role, kind, leaf.param, whole, shard, n_shards)
-            for shard in range(n_shards)
-        ]
-    else:
-        parts = [whole] * n_shards
-    list(pool.map(lambda archive, part: archive.add(part), archives, parts))
-    advance(whole.nbytes)

@@ -6,6 +6,7 @@ arrays, so that each one is in memory only while it is copied.
 
 from __future__ import annotations
 
+import errno
 import pickle
 from typing import Any, NamedTuple
 
@@ -64,8 +65,12 @@ class Mapped(NamedTuple):
         return tensor.numpy().copy()
 
 
-def read_header(path: str) -> dict[str, Mapped]:
+def read_header(path: str, *, inside: str = "") -> dict[str, Mapped]:
     """List what is in a file.
+
+    Args:
+        inside: The weights may also be below this name, beside other things; entries without a
+            value, as tied weights have them, are left out then.
 
     Raises:
         CheckpointError: It cannot be read; there is no PyTorch here, or it is not a local file.
@@ -80,10 +85,18 @@ def read_header(path: str) -> dict[str, Mapped]:
         tensors = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        if (
+            isinstance(error, OSError) and error.errno != errno.EINVAL
+        ):  # of a file cut in its middle
+            raise
         raise CheckpointError(
             f"{path} is damaged, or no file of weights alone: {reason(error)}"
         ) from error
+    if inside and isinstance(tensors, dict):
+        tensors = tensors.get(inside, tensors)
+        if isinstance(tensors, dict):
+            tensors = {name: it for name, it in tensors.items() if it is not None}
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise CheckpointError(f"{path} holds something else than named tensors")
     return {name: Mapped(path, name, tensor) for name, tensor in tensors.items()}

@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
-from mesh_transformer.checkpoints import layout
+from mesh_transformer import storage
+from mesh_transformer.checkpoints import layout, retention
 from mesh_transformer.checkpoints.fingerprint import fingerprints
 from mesh_transformer.checkpoints.layout import CheckpointError, Damaged
 from mesh_transformer.config import ModelConfig
@@ -35,15 +37,23 @@ def locate(path: str) -> str | None:
 
     Returns:
         The step folder; None if the path holds no complete native checkpoint.
+
+    Raises:
+        UserError: It holds one where none can be read from.
     """
     given = layout.absolute(path)
-    if layout.is_complete(given) and (given / "about").is_dir():
-        return str(given)
+    if layout.is_complete(given) and storage.exists(str(given / "about")):
+        return _kept(given)
     for folder in (given / "checkpoints", given):
         step = layout.latest(folder)
         if step is not None:
-            return str(layout.step_folder(folder, step))
+            return _kept(layout.step_folder(folder, step))
     return None
+
+
+def _kept(folder: epath.Path) -> str:
+    retention.check_kept(str(folder))
+    return str(folder)
 
 
 def restore(

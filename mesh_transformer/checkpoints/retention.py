@@ -1,8 +1,26 @@
-"""Which checkpoints a run keeps, as a pure function of their step numbers."""
+"""Where native checkpoints can be kept, and which of them a run keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+
+from mesh_transformer.errors import UserError
+
+
+def check_kept(path: str) -> None:
+    """Refuse a place where native checkpoints are neither written nor read.
+
+    Orbax (0.12) takes the path of an s3:// URL for one on the local disk.
+
+    Raises:
+        UserError: Says what else there is.
+    """
+    if path.startswith("s3://"):
+        raise UserError(
+            f"{path}: native checkpoints are kept on local disks and in gs://, not in s3://: set "
+            "model_dir, or --output, to one of these, and copy there what lies in s3://; in s3:// "
+            "are read and written the formats original, slim and hf"
+        )
 
 
 def superseded(steps: Iterable[int], *, keep_n: int, keep_every: int | None) -> list[int]:

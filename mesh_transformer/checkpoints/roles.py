@@ -13,13 +13,16 @@ Ours are those of the one whole parameter.
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from mesh_transformer import network_rules
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.source import MU, NU, PARAMS
+from mesh_transformer.config import ModelConfig
 
 
 class Role(enum.Enum):
@@ -70,6 +73,30 @@ ROLES = (
     Row(HEAD + "linear", "b", "unembed/b", Role.COLUMNS),
 )
 
+COMBINED = "[qkv]"  # in a path: of queries, keys and values, each head's three together
+_FORKED_QKV = tuple(
+    Row(LAYER + linear, "b", f"{ATTENTION}{name}/b", Role.COLUMNS)
+    for linear, name in (("linear", "q"), ("linear_1", "v"), ("linear_2", "k"))
+)
+_COMBINED_QKV = tuple(
+    Row(LAYER + "combined_qkv", name, f"{ATTENTION}{COMBINED}/{name}", Role.COLUMNS)
+    for name in "bw"
+)
+_FORKED = (
+    Row(EMBED, "project_in", "embed/project/w", Role.COLUMNS),
+    Row(HEAD.removesuffix("/~/"), "project_out", "unembed/project/w", Role.COLUMNS),
+    Row(LAYER + "linear_3", "b", ATTENTION + "o/b", Role.SUMMED),
+    *(
+        Row(module, name, f"{path}/{name}", Role.FIRST)
+        for module, path in (
+            (EMBED + "/~/replicated_layer_norm", "embed/norm"),
+            (LAYER + "replicated_layer_norm_1", "layers/block/ff_norm"),
+        )
+        for name in ("scale", "offset")
+    ),
+)
+"""What the KoboldAI fork's models have beyond the original's (`compat` neo, opt, neox, bloom)."""
+
 NORMS = {
     "layernorm": ("replicated_layer_norm", Role.FIRST),
     "layernorm-nobias": ("replicated_layer_norm", Role.FIRST),
@@ -80,6 +107,20 @@ NORMS = {
     "scalenorm-bias": ("rms_norm", Role.AVERAGED),
 }
 """Module of each `norm` in the original, and its role."""
+
+
+def rows_of(model: ModelConfig) -> list[Row]:
+    """List the parameters that a model may have, the original's and those of its fork.
+
+    The fork makes queries, keys and values of GPT-NeoX and of BLOOM by one matrix.
+    """
+    rows = list(ROLES)
+    if not network_rules.unlike(network_rules.ORIGINAL, vars(model)):
+        return [*rows, *norm_rows(model.norm)]
+    if model.embed_norm or not model.tie_embeddings:
+        rows = [row for row in rows if not re.match(f"{ATTENTION}[qkv]/", row.path)]
+        return [*rows, *_COMBINED_QKV, *_FORKED, *norm_rows(model.norm)]
+    return [*rows, *_FORKED_QKV, *_FORKED, *norm_rows(model.norm)]
 
 
 def norm_rows(norm: str) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ class Tensor(NamedTuple):
         shape: Of theirs.
         keys: Ours in it.
         n_groups: Of heads whose queries, keys and values stand together, where these are in one.
+        pairs: Features per head, and how many of them stand in pairs, where ours are in halves.
     """
 
     name: str
@@ -32,16 +34,20 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     keys: tuple[Key, ...]
     n_groups: int
+    pairs: tuple[int, int] = (0, 0)
 
     def part(self, whole: np.ndarray, key: Key) -> np.ndarray:
         """Return one of ours."""
         if len(self.keys) > 1:
             part = self._parts(whole)[self.keys.index(key)]
             whole = part.reshape(*self._part_shape())
-        return transposed(whole) if self.row.transposed else np.ascontiguousarray(whole)
+        ours = transposed(whole) if self.row.transposed else np.ascontiguousarray(whole)
+        return _reordered(ours, *self.pairs, to_halves=True) if self.row.pairs else ours
 
     def put(self, whole: np.ndarray, key: Key, part: np.ndarray) -> np.ndarray:
         """Put one of ours in its place, and return the whole."""
+        if self.row.pairs:
+            part = _reordered(part, *self.pairs, to_halves=False)
         theirs = transposed(part) if self.row.transposed else part
         if len(self.keys) == 1:
             return theirs
@@ -70,28 +76,48 @@ class Tensor(NamedTuple):
 def tensors(family: Family, model: ModelConfig) -> list[Tensor]:
     """List the arrays that a family has of a model, in the order of its rows; layers in order."""
     ours = model_arrays(model)
-    layers = [i for i, row in enumerate(family.rows) if "{}" in row.theirs]
-    first, last = layers[0], layers[-1] + 1
-    found = [_tensor(row, None, model, ours) for row in family.rows[:first]]
-    for layer in range(model.layers):
-        found += [_tensor(row, layer, model, ours) for row in family.rows[first:last]]
-    found += [_tensor(row, None, model, ours) for row in family.rows[last:]]
+    found = []
+    for stack, group in itertools.groupby(family.rows, _stack):
+        rows = list(group)
+        n_layers = {"encoder": model.encoder_layers, "decoder": model.layers}
+        for layer in range(n_layers[stack]) if stack else (None,):
+            found += [_tensor(row, layer, model, ours) for row in rows]
     return [tensor for tensor in found if tensor is not None]
+
+
+def _stack(row: Row) -> str | None:
+    """Name the stack whose layers have an array; None: it is of no layer."""
+    return row.paths[0].partition("/")[0] if "{}" in row.theirs else None
 
 
 def _tensor(
     row: Row, layer: int | None, model: ModelConfig, ours: Mapping[Key, tuple[int, ...]]
 ) -> Tensor | None:
     keys = tuple(Key(PARAMS, path, layer) for path in row.paths)
-    if not all(key in ours for key in keys):
+    if row.gated not in (None, model.gated) or not all(key in ours for key in keys):
         return None
     shape = ours[keys[0]][::-1] if row.transposed else ours[keys[0]]
-    tensor = Tensor(row.theirs.format(layer), row, shape, keys, 1)
+    pairs = (model.d_head, model.pe_rotary_dims)
+    tensor = Tensor(row.theirs.format(layer), row, shape, keys, 1, pairs)
     if len(keys) == 1:
         return tensor
     axis = tensor._axis
     whole = (*shape[:axis], len(keys) * shape[axis], *shape[axis + 1 :])
     return tensor._replace(shape=whole, n_groups=model.n_heads if row.by_head else 1)
+
+
+def _reordered(array: np.ndarray, d_head: int, n_rotated: int, *, to_halves: bool) -> np.ndarray:
+    """Reorder the rotary features of each head, along the last axis, from pairs to halves or back.
+
+    "rotary" turns neighbours and "rotary-half" features that are half a head apart; what one
+    computes with its features, the other does with them in its own order.
+    """
+    heads = array.reshape(*array.shape[:-1], -1, d_head)
+    result = heads.copy()
+    split = (n_rotated // 2, 2) if to_halves else (2, n_rotated // 2)
+    turned = heads[..., :n_rotated].reshape(*heads.shape[:-1], *split).swapaxes(-1, -2)
+    result[..., :n_rotated] = turned.reshape(*heads.shape[:-1], n_rotated)
+    return result.reshape(array.shape)
 
 
 def transposed(matrix: np.ndarray) -> np.ndarray:

@@ -55,6 +55,8 @@ class RecordSet:
     Args:
         index: An index file, or one .tfrecords file.
         seq: Sequences must hold seq + 1 tokens.
+        encoder_seq: And so many more, first of all, for an encoder; 0: there is none.
+        pad_id: What an encoder's and its decoder's are filled up with.
         n_vocab: Token ids must be below it.
         tokenizer: Files that say they were made by another one are refused.
 
@@ -62,12 +64,23 @@ class RecordSet:
         DataError: A file is missing, not a TFRecord file, or was made for something else.
     """
 
-    def __init__(self, index: str, *, seq: int, n_vocab: int, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        index: str,
+        *,
+        seq: int,
+        n_vocab: int,
+        tokenizer: Tokenizer | None,
+        encoder_seq: int = 0,
+        pad_id: int = 0,
+    ) -> None:
         self.index = index
-        self.seq = seq
+        self.length = encoder_seq + seq + 1
+        self._encoder_seq = encoder_seq
         self.n_vocab = n_vocab
 
-        look = functools.partial(_look, seq=seq, n_vocab=n_vocab, tokenizer=tokenizer)
+        wanted = {"seq": seq, "encoder_seq": encoder_seq, "pad_id": pad_id, "n_vocab": n_vocab}
+        look = functools.partial(_look, wanted=wanted, tokenizer=tokenizer)
         with concurrent.futures.ThreadPoolExecutor(_LOOK_AT_ONCE) as pool:
             looked = list(pool.map(look, dataset.read_index(index)))
         self.files = [file for file, _ in looked]
@@ -127,28 +140,27 @@ class RecordSet:
     def read(
         self, place: tfrecord.Place, batch: int, *, repeat: bool
     ) -> Generator[tuple[np.ndarray, list[tfrecord.Place]]]:
-        """Read from a place on: int32 arrays of shape (batch, seq + 1), and where they were."""
+        """Read from a place on: int32 arrays of shape (batch, T1), and where they were."""
         return tfrecord.read_batches(
             self.files,
             skip=place,
             batch=batch,
-            length=self.seq + 1,
+            length=self.length,
+            encoder_seq=self._encoder_seq,
             n_vocab=self.n_vocab,
             repeat=repeat,
         )
 
 
 def _look(
-    listed: dataset.Listed, *, seq: int, n_vocab: int, tokenizer: Tokenizer | None
+    listed: dataset.Listed, *, wanted: Mapping[str, int], tokenizer: Tokenizer | None
 ) -> tuple[tfrecord.RecordFile, dataset.Origin | None]:
     """Look at one file, and refuse it if it was made for something else."""
     try:
         file = tfrecord.inspect(listed.path)
         origin = dataset.read_origin(file.path)
         if origin:
-            dataset.check_origin(
-                origin, file.path, size=file.size, seq=seq, n_vocab=n_vocab, tokenizer=tokenizer
-            )
+            dataset.check_origin(origin, file.path, size=file.size, tokenizer=tokenizer, **wanted)
     except DataError as error:
         raise DataError(f"{listed.place}{error}") from error
     return file, origin
@@ -163,6 +175,7 @@ class TokenBatches:
         index: An index file, or one .tfrecords file.
         shape: Leading dimensions of a batch, for example (A, B).
         seq: Sequences hold seq + 1 tokens.
+        encoder_seq, pad_id: As for `RecordSet`.
         n_vocab: Token ids must be below it.
         position: Where to go on; at the beginning by default.
         tokenizer: Files that say they were made by another one are refused.
@@ -180,9 +193,18 @@ class TokenBatches:
         n_vocab: int,
         position: Position | None = None,
         tokenizer: Tokenizer | None = None,
+        encoder_seq: int = 0,
+        pad_id: int = 0,
     ) -> None:
-        self._records = RecordSet(index, seq=seq, n_vocab=n_vocab, tokenizer=tokenizer)
-        self._shape = (*shape, seq + 1)
+        self._records = RecordSet(
+            index,
+            seq=seq,
+            n_vocab=n_vocab,
+            tokenizer=tokenizer,
+            encoder_seq=encoder_seq,
+            pad_id=pad_id,
+        )
+        self._shape = (*shape, self._records.length)
         self._batch = math.prod(shape)
         self._position = position or Position()
         if not self._records.holds(self._batch):
@@ -227,6 +249,7 @@ class ValidationBatches:
         index: An index file, or one .tfrecords file.
         batch: Sequences per batch; the last batch is filled up with zeros that the mask leaves out.
         seq: Sequences hold seq + 1 tokens.
+        encoder_seq, pad_id: As for `RecordSet`.
         n_vocab: Token ids must be below it.
         tokenizer: Files that say they were made by another one are refused.
 
@@ -242,18 +265,31 @@ class ValidationBatches:
         seq: int,
         n_vocab: int,
         tokenizer: Tokenizer | None = None,
+        encoder_seq: int = 0,
+        pad_id: int = 0,
     ) -> None:
-        self._records = RecordSet(index, seq=seq, n_vocab=n_vocab, tokenizer=tokenizer)
+        self._records = RecordSet(
+            index,
+            seq=seq,
+            n_vocab=n_vocab,
+            tokenizer=tokenizer,
+            encoder_seq=encoder_seq,
+            pad_id=pad_id,
+        )
         self._batch = batch
+        self._encoder_seq, self._pad_id = encoder_seq, pad_id
 
     def __len__(self) -> int:
         return -(-self._records.size() // self._batch)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield tokens_BT1 (int32) and mask_BT (bool, over the targets)."""
+        """Yield tokens_BT1 (int32) and mask_BT (bool, over the targets, which padding is not)."""
         for tokens, _ in self._records.read((0, 0), self._batch, repeat=False):
             tokens_BT1 = np.zeros((self._batch, tokens.shape[1]), np.int32)
             tokens_BT1[: len(tokens)] = tokens
-            mask_BT = np.zeros((self._batch, tokens.shape[1] - 1), bool)
+            targets_BT = tokens_BT1[:, self._encoder_seq + 1 :]
+            mask_BT = np.zeros(targets_BT.shape, bool)
             mask_BT[: len(tokens)] = True
+            if self._encoder_seq:
+                mask_BT &= targets_BT != self._pad_id
             yield tokens_BT1, mask_BT

@@ -22,6 +22,8 @@ class Origin:
         n_tokens: Its number of ids.
         eot_id: The id that ends a document.
         seq: Sequences hold seq + 1 tokens.
+        encoder_seq: And so many more, first of all: see `pairs`; 0: there are no pairs.
+        pad_id: What pairs are filled up with.
         sequences: How many there are.
         size: Size of the TFRecord file in bytes.
         documents: Documents read, once each.
@@ -35,6 +37,8 @@ class Origin:
     n_tokens: int
     eot_id: int
     seq: int
+    encoder_seq: int = 0
+    pad_id: int = 0
     sequences: int
     size: int
     documents: int
@@ -131,7 +135,15 @@ def _found(name: str, folders: list[str], place: str) -> str:
 
 
 def check_origin(
-    origin: Origin, path: str, *, size: int, seq: int, n_vocab: int, tokenizer: Tokenizer | None
+    origin: Origin,
+    path: str,
+    *,
+    size: int,
+    seq: int,
+    n_vocab: int,
+    tokenizer: Tokenizer | None,
+    encoder_seq: int = 0,
+    pad_id: int = 0,
 ) -> None:
     """Refuse a file that was made by another tokenizer, or for another model.
 
@@ -147,6 +159,13 @@ def check_origin(
         raise DataError(
             f"{path}: was made with --seq {origin.seq}, and seq is {seq}: set seq to "
             f"{origin.seq}, or make the data set again with --seq {seq}"
+        )
+    made = (origin.encoder_seq, origin.pad_id if origin.encoder_seq else pad_id)
+    if made != (encoder_seq, pad_id):
+        raise DataError(
+            f"{path}: was made with --encoder-seq {origin.encoder_seq} and --pad-id "
+            f"{origin.pad_id}, and encoder_seq is {encoder_seq} and pad_id {pad_id}: set these "
+            f"alike, or make the data set again with --encoder-seq {encoder_seq} --pad-id {pad_id}"
         )
     if tokenizer and origin.fingerprint != tokenizer.fingerprint:
         raise DataError(

@@ -45,11 +45,13 @@ class Piece:
         text: The text, never empty.
         place: The file and the line where it begins, for messages.
         ends: Whether the document ends here.
+        begins: Whether it begins here.
     """
 
     text: str
     place: str
     ends: bool
+    begins: bool = True
 
 
 def find_files(path: Path) -> list[Path]:
@@ -92,14 +94,49 @@ def read(
         DataError: The file is damaged; the message names the file and the line.
     """
 
-    def blocks() -> Iterator[bytes]:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                advance(len(block))
-                yield block
+    begins = True
+    for texts, place, line in _texts(_blocks(path, advance), str(path), path.name):
+        for piece in _pieces(texts, separator, longest, place, line):
+            yield dataclasses.replace(piece, begins=begins)
+            begins = piece.ends
 
-    for texts, place, line in _texts(blocks(), str(path), path.name):
-        yield from _pieces(texts, separator, longest, place, line)
+
+def read_pairs(
+    path: Path, advance: Callable[[int], object] = lambda n_bytes: None
+) -> Iterator[Piece]:
+    """Yield the inputs and outputs of a file of JSON lines: one of each in turn, empty ones too.
+
+    Args:
+        path: Its lines are objects with a string "in_text" and a string "out_text".
+        advance: As for `read`.
+
+    Raises:
+        DataError: The file is damaged, or holds something else; the message names the line.
+    """
+    for blocks, inside, name in _unpacked(_blocks(path, advance), str(path), path.name):
+        if not name.endswith(".jsonl"):
+            raise DataError(
+                f"{inside}: pairs are lines of JSON with in_text and out_text; needed is a .jsonl"
+            )
+        for value, number, line in _json_values(blocks, inside):
+            place = f"{inside}:{number}"
+            for key in ("in_text", "out_text"):
+                text = value.get(key) if isinstance(value, dict) else None
+                if not isinstance(text, str):
+                    raise DataError(
+                        f'{place}: needed an object with the strings "in_text" and "out_text", '
+                        f"found {_shown(line)}"
+                    )
+                _check_encodable(text, place)
+                # What a decoder is fed begins with padding, not as a document does.
+                yield Piece(text, place, ends=True, begins=key == "in_text")
+
+
+def _blocks(path: Path, advance: Callable[[int], object]) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            advance(len(block))
+            yield block
 
 
 _Texts = Iterator[tuple[Iterable[str], str, int]]
@@ -107,21 +144,31 @@ _Texts = Iterator[tuple[Iterable[str], str, int]]
 
 def _texts(blocks: Iterator[bytes], place: str, name: str) -> _Texts:
     """Unpack every layer; yield each text inside as its parts, its place and its first line."""
+    for inner, inside, inner_name in _unpacked(blocks, place, name):
+        if inner_name.endswith(".jsonl"):
+            yield from _json_lines(inner, inside)
+        else:
+            yield _decoded(inner, inside), inside, 1
+
+
+_Files = Iterator[tuple[Iterator[bytes], str, str]]
+
+
+def _unpacked(blocks: Iterator[bytes], place: str, name: str) -> _Files:
+    """Unpack every layer; yield blocks, place and name of each file, to be read before the next."""
     head = b""
     while len(head) < 512 and (block := next(blocks, b"")):
         head += block
     blocks = itertools.chain([head], blocks)
     if decompressor := _decompressor(head):
         inner = _decompressed(blocks, decompressor, place)
-        yield from _texts(inner, place, re.sub(r"\.(xz|gz|zst)$", "", name))
+        yield from _unpacked(inner, place, re.sub(r"\.(xz|gz|zst)$", "", name))
     elif head[257:262] == b"ustar" or name.endswith(".tar"):
         yield from _tar(blocks, place)
     elif name.endswith((".xz", ".gz", ".zst")):
         raise DataError(f"{place}: its content is not what its name says: no compressed data")
-    elif name.endswith(".jsonl"):
-        yield from _json_lines(blocks, place)
     else:
-        yield _decoded(blocks, place), place, 1
+        yield blocks, place, name
 
 
 def _decompressor(head: bytes) -> Callable[[], Any] | None:
@@ -174,7 +221,7 @@ class _File(io.RawIOBase):
         return n
 
 
-def _tar(blocks: Iterator[bytes], place: str) -> _Texts:
+def _tar(blocks: Iterator[bytes], place: str) -> _Files:
     file = io.BufferedReader(_File(blocks))
     try:
         with tarfile.open(fileobj=file, mode="r|") as archive:
@@ -182,7 +229,7 @@ def _tar(blocks: Iterator[bytes], place: str) -> _Texts:
                 content = archive.extractfile(member) if member.isfile() else None
                 if content is not None:
                     parts = iter(functools.partial(content.read, _BLOCK), b"")
-                    yield from _texts(parts, f"{place}: {member.name}", member.name)
+                    yield from _unpacked(parts, f"{place}: {member.name}", member.name)
         while file.read(_BLOCK):  # to the end, where compressed data has its checksum
             pass
     except tarfile.TarError as error:
@@ -191,6 +238,21 @@ def _tar(blocks: Iterator[bytes], place: str) -> _Texts:
 
 def _json_lines(blocks: Iterator[bytes], place: str) -> _Texts:
     """Read lines that are a string, or an object whose "text" is a string or its paragraphs."""
+    for value, number, line in _json_values(blocks, place):
+        text = value.get("text") if isinstance(value, dict) else value
+        if isinstance(text, list) and all(isinstance(part, str) for part in text):
+            text = "\n\n".join(text)
+        if not isinstance(text, str):
+            raise DataError(
+                f'{place}:{number}: needed a JSON string or an object with a string "text", '
+                f"found {_shown(line)}"
+            )
+        _check_encodable(text, f"{place}:{number}")
+        yield [text], place, number
+
+
+def _json_values(blocks: Iterator[bytes], place: str) -> Iterator[tuple[Any, int, bytes]]:
+    """Yield the value of each line that is not empty, its number, and the line."""
     for number, line in enumerate(io.BufferedReader(_File(blocks)), 1):
         if not line.strip():
             continue
@@ -198,19 +260,18 @@ def _json_lines(blocks: Iterator[bytes], place: str) -> _Texts:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{place}:{number}: not a line of JSON: {error}") from error
-        text = value.get("text") if isinstance(value, dict) else value
-        if isinstance(text, list) and all(isinstance(part, str) for part in text):
-            text = "\n\n".join(text)
-        if not isinstance(text, str):
-            raise DataError(
-                f'{place}:{number}: needed a JSON string or an object with a string "text", '
-                f"found {line[:60].decode(errors='replace')!r}"
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{place}:{number}: half a surrogate pair: {error}") from error
-        yield [text], place, number
+        yield value, number, line
+
+
+def _check_encodable(text: str, place: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}: half a surrogate pair: {error}") from error
+
+
+def _shown(line: bytes) -> str:
+    return repr(line[:60].decode(errors="replace"))
 
 
 def _decoded(blocks: Iterator[bytes], place: str) -> Iterator[str]:

@@ -43,7 +43,13 @@ class Encoder:
         return np.dtype(np.uint16 if self.tokenizer.n_tokens <= 1 << 16 else np.uint32)
 
     def __call__(self, pieces: list[Piece]) -> _Encoded:
-        """Encode pieces; the end-of-text id follows those that end a document."""
+        """Encode pieces; the end-of-text id follows those that end a document.
+
+        A tokenizer's begin-of-text id comes before those that begin one. Where both are the same
+        id, one between two documents is both.
+        """
+        bos_id = self.tokenizer.bos_id
+        begin = [] if bos_id in (None, self.tokenizer.eot_id) else [bos_id]
         tokens: list[int] = []
         ends, n_bytes = [], 0
         for piece in pieces:
@@ -53,6 +59,7 @@ class Encoder:
             if self.detokenize_wikitext:
                 text = cleaning.detokenize_wikitext(text)
             n_bytes += len(text.encode())
+            tokens += begin if piece.begins else []
             try:
                 tokens += self.tokenizer.encode(text)
             except Exception as error:  # the package tokenizers has no class of its own for errors

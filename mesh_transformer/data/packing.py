@@ -122,7 +122,7 @@ def passes(
     shift = 0
     for _ in range(n_passes):
         if rng:
-            order = _shuffled(order, rng)
+            order = shuffled(order, rng)
         chain = Chain(documents, order)
         n_sequences, n_trailing = divmod(len(chain), length)
         starts = (np.arange(n_sequences) * length - shift) % max(len(chain), 1)
@@ -132,11 +132,11 @@ def passes(
             starts = starts[np.array(kept, bool)]
         n_excluded = n_sequences - len(starts)
         if rng:
-            starts = _shuffled(starts, rng)
+            starts = shuffled(starts, rng)
         yield Pass(chain, length, starts, n_trailing, n_excluded)
 
 
-def _shuffled(numbers: np.ndarray, rng: random.Random) -> np.ndarray:
+def shuffled(numbers: np.ndarray, rng: random.Random) -> np.ndarray:
     """Shuffle as `rng.shuffle` does a list, in 8 bytes per number."""
     compact = array.array("q", numbers.astype(np.int64).tobytes())
     rng.shuffle(compact)

@@ -1,4 +1,4 @@
-"""Making a data set: text files in, one file of shuffled, packed sequences and its index out."""
+"""Making a data set: text files in, one file of shuffled records and its index out."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import numpy as np
 from mesh_transformer import progress, storage
 from mesh_transformer.data import DataError, dataset, documents, framing, packing
 from mesh_transformer.data.encoding import Encoder, encode_to
+from mesh_transformer.data.pairs import Pairs
 from mesh_transformer.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,9 @@ class Options:
 
     Attributes:
         seq: Sequences hold seq + 1 tokens.
+        encoder_seq: If not 0, the text is pairs of inputs and outputs, for an encoder and its
+            decoder: sequences hold so many tokens more, first of all.
+        pad_id: The token that fills up pairs.
         normalize_with_ftfy: Repair broken encodings, and NFKC.
         normalize_with_wikitext_detokenize: Undo WikiText's spacing.
         min_unique_tokens: Leave out sequences with fewer different tokens.
@@ -41,6 +45,8 @@ class Options:
     """
 
     seq: int = 2048
+    encoder_seq: int = 0
+    pad_id: int = 0
     normalize_with_ftfy: bool = False
     normalize_with_wikitext_detokenize: bool = False
     min_unique_tokens: int = 0
@@ -54,6 +60,18 @@ class Options:
             raise DataError(f"--seq is {self.seq}; it must be 1 or more")
         if self.n_repack_epochs < 1:
             raise DataError(f"--n-repack-epochs is {self.n_repack_epochs}; it must be 1 or more")
+        if self.encoder_seq < 0 or self.pad_id < 0:
+            raise DataError(
+                f"--encoder-seq is {self.encoder_seq} and --pad-id {self.pad_id}; neither can be "
+                "below 0"
+            )
+        if self.pad_id and not self.encoder_seq:
+            raise DataError(f"--pad-id {self.pad_id} is of pairs, which --encoder-seq asks for")
+        if self.encoder_seq and (self.min_unique_tokens > 0 or self.treat_eot_as_text):
+            raise DataError(
+                "--min-unique-tokens and --treat-eot-as-text are of running text; leave them out "
+                "with --encoder-seq, whose pairs are taken as they are"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +96,8 @@ class Made:
         index: The index file that names it.
         replaced: Whether there was a TFRecord file of this name before.
         origin: What stands beside it.
-        losses: What was left out, one entry for each epoch.
+        losses: What was left out, one entry for each epoch; of pairs nothing is.
+        n_cut: Inputs and outputs that were too long for a record.
     """
 
     path: Path
@@ -86,17 +105,25 @@ class Made:
     replaced: bool
     origin: dataset.Origin
     losses: list[Loss]
+    n_cut: tuple[int, int] = (0, 0)
 
     def summary(self) -> str:
         """Say in a few lines what was written and what was left out."""
         of, bytes_per_token = self.origin, self.origin.document_bytes / self.origin.document_tokens
+        read = "pairs" if of.encoder_seq else "documents"
         lines = [
-            f"{self.path}: {of.sequences} sequences of {of.seq + 1} tokens"
+            f"{self.path}: {of.sequences} sequences of {of.encoder_seq + of.seq + 1} tokens"
             + (" (replaced)" if self.replaced else ""),
             f"{self.index}: its index, for train_set or val_set",
-            f"read {of.documents} documents: {of.document_tokens} tokens of {of.tokenizer}, "
+            f"read {of.documents} {read}: {of.document_tokens} tokens of {of.tokenizer}, "
             f"{of.document_bytes} bytes ({bytes_per_token:.2f} bytes per token)",
         ]
+        if of.encoder_seq:
+            inputs, outputs = self.n_cut
+            lines.append(
+                f"cut {inputs} inputs of more than {of.encoder_seq} tokens and {outputs} outputs "
+                f"of more than {of.seq}, their ends of text included"
+            )
         for epoch, loss in enumerate(self.losses):
             excluded = f"{loss.n_excluded} sequences with too few different tokens and "
             lines.append(
@@ -157,9 +184,15 @@ def _create(
     rng = None if options.preserve_data_order else random.Random(options.seed)
     if rng:
         rng.shuffle(files)
+    _check_pad(tokenizer, options)
     with tempfile.TemporaryFile(dir=output_dir) as spool, _beside(output_dir, name) as temporary:
         texts, n_bytes = _tokenise(files, spool, tokenizer, options, workers)
-        sequences, losses = _write(temporary, texts, tokenizer, options, rng)
+        n_cut, losses = (0, 0), list[Loss]()
+        if options.encoder_seq:
+            pairs = Pairs(texts, options.encoder_seq, options.seq, options.pad_id)
+            sequences, n_cut = _write_pairs(temporary, pairs, options, rng), pairs.n_cut()
+        else:
+            sequences, losses = _write(temporary, texts, tokenizer, options, rng)
         if not sequences:
             raise _nothing(texts, losses, options)
         origin = dataset.Origin(
@@ -168,9 +201,11 @@ def _create(
             n_tokens=tokenizer.n_tokens,
             eot_id=tokenizer.eot_id,
             seq=options.seq,
+            encoder_seq=options.encoder_seq,
+            pad_id=options.pad_id,
             sequences=sequences,
             size=temporary.stat().st_size,
-            documents=len(texts),
+            documents=len(texts) // (2 if options.encoder_seq else 1),
             document_tokens=len(texts.tokens),
             document_bytes=n_bytes,
             options=dataclasses.asdict(options),
@@ -180,7 +215,17 @@ def _create(
         temporary.replace(path)
     storage.write_text_atomically(dataset.origin_path(str(path)), origin.to_json())
     storage.write_text_atomically(str(index), _as_seen_from(path, index.parent) + "\n")
-    return Made(path, index, replaced, origin, losses)
+    return Made(path, index, replaced, origin, losses, n_cut)
+
+
+def _check_pad(tokenizer: Tokenizer, options: Options) -> None:
+    if options.encoder_seq and (
+        options.pad_id >= tokenizer.n_tokens or options.pad_id == tokenizer.eot_id
+    ):
+        raise DataError(
+            f"--pad-id {options.pad_id} must be a token of {tokenizer.name}, below "
+            f"{tokenizer.n_tokens}, and not {tokenizer.eot_id}, its end of text"
+        )
 
 
 def _check_names(name: str, output_dir: Path, index: Path) -> None:
@@ -209,7 +254,10 @@ def _tokenise(
     n_input = sum(file.stat().st_size for file in files)
     workers = workers or min(len(os.sched_getaffinity(0)), 1 + n_input // _BYTES_PER_WORKER)
     with progress.stage("Tokenising", n_input) as advance:
-        pieces = (p for file in files for p in documents.read(file, separator, advance=advance))
+        if options.encoder_seq:
+            pieces = (p for file in files for p in documents.read_pairs(file, advance))
+        else:
+            pieces = (p for file in files for p in documents.read(file, separator, advance=advance))
         return encode_to(spool, pieces, encoder, workers)
 
 
@@ -250,6 +298,22 @@ def _write(
         return n_sequences, losses
 
 
+def _write_pairs(path: Path, pairs: Pairs, options: Options, rng: random.Random | None) -> int:
+    """Write a record of each pair, in every pass; return how many."""
+    n_passes = options.n_repack_epochs
+    with progress.stage("Writing", len(pairs) * n_passes) as advance, path.open("wb") as file:
+
+        def records() -> Iterator[np.ndarray]:
+            for one in pairs.passes(n_passes, rng):
+                for record in one:
+                    advance(1)
+                    yield record
+
+        n_records = framing.write(file, records())
+        os.fsync(file.fileno())
+        return n_records
+
+
 def _filter(tokenizer: Tokenizer, minimum: int) -> Callable[[np.ndarray], bool] | None:
     if minimum <= 0:
         return None
@@ -265,6 +329,8 @@ def _filter(tokenizer: Tokenizer, minimum: int) -> Callable[[np.ndarray], bool] 
 
 
 def _nothing(texts: packing.Documents, losses: list[Loss], options: Options) -> DataError:
+    if options.encoder_seq:
+        return DataError("the input holds no pair of in_text and out_text")
     n_excluded = sum(loss.n_excluded for loss in losses)
     if n_excluded:
         return DataError(

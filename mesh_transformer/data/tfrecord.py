@@ -153,6 +153,7 @@ def read_batches(
     length: int,
     n_vocab: int,
     repeat: bool,
+    encoder_seq: int = 0,
 ) -> Generator[tuple[np.ndarray, list[Place]]]:
     """Read sequences in the order of the files, `batch` at a time, prefetching in the background.
 
@@ -163,6 +164,7 @@ def read_batches(
         length: Tokens that every record must hold.
         n_vocab: Token ids must be below it.
         repeat: Begin again with the first file after the last, in the middle of a batch if need be.
+        encoder_seq: How many of the tokens are for an encoder, for messages.
 
     Yields:
         int32 of shape (batch, length), and the place of each of its sequences.
@@ -187,7 +189,7 @@ def read_batches(
         except tf.errors.OpError as error:
             raise _explained(error, files, place) from error
         places = list(zip(file_numbers.tolist(), record_numbers.tolist(), strict=True))
-        _check(tokens, lengths, length, n_vocab, places, files)
+        _check(tokens, lengths, length, n_vocab, places, files, encoder_seq)
         place = (places[-1][0], places[-1][1] + 1)
         yield tokens.astype(np.int32), places
 
@@ -233,6 +235,7 @@ def _check(
     n_vocab: int,
     places: list[Place],
     files: Sequence[RecordFile],
+    encoder_seq: int,
 ) -> None:
     wrong = np.flatnonzero(lengths != length)
     if len(wrong):
@@ -243,9 +246,14 @@ def _check(
             if found > 2
             else "the file was made for something else; make the data set again"
         )
+        seq = length - 1 - encoder_seq
+        needed = f"seq {seq} needs {length}"
+        if encoder_seq:
+            needed = f"encoder_seq {encoder_seq} and seq {seq} need {length}"
+            remedy = f"make the data set again with --encoder-seq {encoder_seq} --seq {seq}"
         raise DataError(
             f"{files[file].path}: record {record} holds {found} tokens in its feature "
-            f'"text"; seq {length - 1} needs {length}: {remedy}'
+            f'"text"; {needed}: {remedy}'
         )
     if tokens.min() < 0 or tokens.max() >= n_vocab:
         row, column = np.argwhere((tokens < 0) | (tokens >= n_vocab))[0]

@@ -13,9 +13,9 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
@@ -55,6 +55,7 @@ class Tokenizer(Protocol):
         n_tokens: Ids run from 0 to n_tokens - 1.
         eot_id: The id that ends a document.
         eot_text: The string that stands for it.
+        bos_id: The id that begins a document and a prompt; None: none does.
         fingerprint: Hexadecimal SHA-256 of what defines the tokenizer: equal ones cut text alike.
     """
 
@@ -67,6 +68,8 @@ class Tokenizer(Protocol):
     @property
     def eot_text(self) -> str: ...
     @property
+    def bos_id(self) -> int | None: ...
+    @property
     def fingerprint(self) -> str: ...
 
     def encode(self, text: str) -> list[int]:
@@ -78,7 +81,7 @@ class Tokenizer(Protocol):
         ...
 
     def token_bytes(self) -> list[bytes] | None:
-        """List the bytes that each id stands for (none for the end of text).
+        """List the bytes that each id stands for (none for the end and the beginning of text).
 
         None if that depends on the neighbours, as in SentencePiece and WordPiece.
         """
@@ -97,6 +100,12 @@ def load(name: str) -> Tokenizer:
         return _gpt2()
     path = Path(name)
     if path.is_dir():
+        if not (path / "tokenizer.json").is_file():
+            raise DataError(
+                f"{name} holds no tokenizer.json, so that nothing says which tokenizer is meant: "
+                "copy that of its model there, or name it as tokenizer in the configuration "
+                "(--config)"
+            )
         return _from_file(name, path / "tokenizer.json", path / "tokenizer_config.json")
     if path.suffix == ".json" or path.is_file():
         return _from_file(name, path, path.with_name("tokenizer_config.json"))
@@ -110,6 +119,7 @@ class Bytes:
     n_tokens = 257
     eot_id = 256
     eot_text = END_OF_TEXT
+    bos_id = None
     fingerprint = hashlib.sha256(b"id = byte of UTF-8, end of text = 256").hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -133,6 +143,7 @@ class Subwords:
         words: Cuts a text into stretches that the backend treats alike wherever they stand, so
             that frequent ones need to be looked at only once: 3 to 7 times as fast as without.
         files: What it was made of.
+        bos_text: The token that begins a document; None: none does.
     """
 
     def __init__(
@@ -142,17 +153,18 @@ class Subwords:
         eot_text: str,
         words: re.Pattern[str] | None = None,
         files: tuple[Path, ...] = (),
+        bos_text: str | None = None,
     ) -> None:
-        eot_id = backend.token_to_id(eot_text)
-        if eot_id is None:
-            raise DataError(
-                f"tokenizer {name}: its end of text, {eot_text!r}, is not in its vocabulary; "
-                "correct eos_token in tokenizer_config.json"
-            )
+        eot_id = _id_of(name, backend, eot_text, "end of text", "eos_token")
         self.name = name
         self.eot_text = eot_text
         self.files = files
-        self.eot_id: int = eot_id
+        self.eot_id = eot_id
+        self.bos_id = (
+            None
+            if bos_text is None
+            else _id_of(name, backend, bos_text, "beginning of text", "bos_token")
+        )
         self.n_tokens: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self._backend = backend
         self._words = words
@@ -164,7 +176,8 @@ class Subwords:
     @functools.cached_property
     def fingerprint(self) -> str:
         vocabulary = sorted(self._backend.get_vocab(with_added_tokens=True).items())
-        defining = json.dumps([vocabulary, self.eot_id, self.encode(_PROBE)])
+        begin = [] if self.bos_id is None else [self.bos_id]
+        defining = json.dumps([vocabulary, self.eot_id, self.encode(_PROBE), *begin])
         return hashlib.sha256(defining.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -197,7 +210,9 @@ class Subwords:
             else bytes(byte_of[c] for c in names[i])
             for i in range(self.n_tokens)
         ]
-        table[self.eot_id] = b""
+        for i in (self.eot_id, self.bos_id):
+            if i is not None:
+                table[i] = b""
         return table
 
 
@@ -235,6 +250,8 @@ class TextStream:
         self._tokenizer = tokenizer
         self._table = tokenizer.token_bytes()
         if self._table is not None:
+            if tokenizer.bos_id is not None:
+                self._table[tokenizer.bos_id] = tokenizer.decode([tokenizer.bos_id]).encode()
             self._table[tokenizer.eot_id] = tokenizer.eot_text.encode()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         # Without a table: the ids shown last, which give those held now their context.
@@ -287,19 +304,64 @@ def _from_file(name: str, path: Path, config: Path) -> Subwords:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises plain Exception
         raise DataError(f"tokenizer {name}: {path} is not a tokenizer.json: {error}") from error
-    return Subwords(name, backend, _end_of_text(name, backend, config), files=(path, config))
-
-
-def _end_of_text(name: str, backend: tokenizers.Tokenizer, config: Path) -> str:
+    about: Any = {}
     if config.is_file():
         try:
-            eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-        except (json.JSONDecodeError, AttributeError) as error:
+            about = json.loads(config.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
             raise DataError(f"tokenizer {name}: {config} is not a JSON object: {error}") from error
-        if isinstance(eos, dict):
-            eos = eos.get("content")
-        if isinstance(eos, str):
-            return eos
+        if not isinstance(about, dict):
+            raise DataError(f"tokenizer {name}: {config} is not a JSON object")
+    eot_text = _end_of_text(name, backend, about, config)
+    bos_text = _beginning_of_text(name, backend, about, config)
+    return Subwords(name, backend, eot_text, files=(path, config), bos_text=bos_text)
+
+
+def _id_of(name: str, backend: tokenizers.Tokenizer, text: str, what: str, key: str) -> int:
+    found: int | None = backend.token_to_id(text)
+    if found is None:
+        raise DataError(
+            f"tokenizer {name}: its {what}, {text!r}, is not in its vocabulary; correct {key} in "
+            "tokenizer_config.json"
+        )
+    return found
+
+
+def _special(about: Mapping[str, Any], key: str) -> str | None:
+    """Return the special token that a tokenizer_config.json calls by a name, if it does."""
+    token = about.get(key)
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _beginning_of_text(
+    name: str, backend: tokenizers.Tokenizer, about: Mapping[str, Any], config: Path
+) -> str | None:
+    """Return what begins a text: by `add_bos_token`, or as the tokenizer.json itself puts it."""
+    asked = about.get("add_bos_token")
+    if asked:
+        bos = _special(about, "bos_token")
+        if bos is None:
+            raise DataError(
+                f"tokenizer {name}: add_bos_token asks for a token before each text, but "
+                f"bos_token names none; name it in {config}, or set add_bos_token to false"
+            )
+        return bos
+    plain, whole = (
+        backend.encode("a", add_special_tokens=special).ids for special in (False, True)
+    )
+    if asked is False or not plain or plain[:1] == whole[:1]:
+        return None
+    return backend.id_to_token(whole[0])
+
+
+def _end_of_text(
+    name: str, backend: tokenizers.Tokenizer, about: Mapping[str, Any], config: Path
+) -> str:
+    eos = _special(about, "eos_token")
+    if eos is not None:
+        return eos
     for candidate in _END_NAMES:
         if backend.token_to_id(candidate) is not None:
             return candidate

@@ -23,16 +23,19 @@ from mesh_transformer.data.tokenizer import Bytes, Subwords, Tokenizer, byte_alp
 TEMPERATURE, TOP_P = 0.75, 0.9
 """How `generate` draws unless told otherwise: as device_sample.py does."""
 
+_GENERATION = "generation_config.json"
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _FAST = "PreTrainedTokenizerFast"
 _COPIED = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 
 
-def write(folder: str, tokenizer: Tokenizer, n_vocab: int) -> None:
+def write(folder: str, tokenizer: Tokenizer, n_vocab: int, *, start_id: int | None = None) -> None:
     """Write a tokenizer's files, and generation_config.json, into a folder that is there.
 
     Args:
         n_vocab: Rows of the model's vocabulary. As in the published GPT-J, gpt2's ids beyond those
             of its tokens are named <|extratoken_1|>, <|extratoken_2|>...
+        start_id: What begins every answer, and pads, of a model with an encoder; None: without one.
 
     Raises:
         DataError: The tokenizer has more ids than the model, or no files of its own.
@@ -50,19 +53,36 @@ def write(folder: str, tokenizer: Tokenizer, n_vocab: int) -> None:
         _copy(folder, tokenizer)
     else:
         raise DataError(f"tokenizer {tokenizer.name} has no tokenizer.json that could be copied")
-    _write_json(folder, "generation_config.json", _generation(tokenizer))
+    _write_json(folder, _GENERATION, _generation(tokenizer, start_id))
 
 
-def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
+def _generation(tokenizer: Tokenizer, start_id: int | None) -> dict[str, Any]:
+    """Say how a model generates: by the ids that its own folder names, if it is the tokenizer's."""
+    begin_id = tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id
+    ids = {"eos_token_id": tokenizer.eot_id, "pad_token_id": tokenizer.eot_id}
+    if start_id is None:
+        ids |= {"bos_token_id": begin_id, **_own_ids(tokenizer)}
+    else:
+        ids |= _own_ids(tokenizer) | {"decoder_start_token_id": start_id, "pad_token_id": start_id}
     return {
-        "bos_token_id": tokenizer.eot_id,
-        "eos_token_id": tokenizer.eot_id,
-        "pad_token_id": tokenizer.eot_id,
+        **ids,
         "do_sample": True,
         "temperature": TEMPERATURE,
         "top_p": TOP_P,
         "top_k": 0,  # off; left out it would be 50
     }
+
+
+def _own_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    files = tokenizer.files if isinstance(tokenizer, Subwords) else ()
+    beside = [file.with_name(_GENERATION) for file in files]
+    if not beside or not beside[0].is_file():
+        return {}
+    try:
+        said = json.loads(beside[0].read_text(encoding="utf-8"))
+        return {name: said[name] for name in _IDS if said.get(name) is not None}
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{beside[0]} is not a JSON object: {error}") from error
 
 
 def _bytes() -> tokenizers.Tokenizer:

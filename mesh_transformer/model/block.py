@@ -6,6 +6,7 @@ Initial values and formulas are those of mesh-transformer-jax, the program that 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,9 +18,19 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.attention import Cache, attention, n_kv_heads_held
-from mesh_transformer.model.layers import PRODUCT, Matrix, Norm, Product, mean_square_normalised
+from mesh_transformer.model.dropout import NOTHING_DROPPED, LayerKeys, dropout
+from mesh_transformer.model.layers import (
+    PRODUCT,
+    Matrix,
+    Norm,
+    Product,
+    mean_square_normalised,
+    plus,
+)
+from mesh_transformer.model.mixing import static_sgu
+from mesh_transformer.model.mup import ff_out_spread
 from mesh_transformer.model.positions import Positions, rotate
-from mesh_transformer.sharding import columns, rows, shard
+from mesh_transformer.sharding import columns, columns_of_copies, rows, shard
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": jax.nn.gelu,  # the tanh approximation
@@ -35,6 +46,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 """By the names that Hugging Face's config.json files use."""
 
 
+class Encoded(NamedTuple):
+    """What an encoder makes of its tokens, for the decoder's layers to attend to.
+
+    Attributes:
+        y_MBSD: Features; a copy for each index of `mp`, so that their gradient is summed once.
+        seen_BS: bool, whether a slot holds a token, not padding.
+    """
+
+    y_MBSD: jax.Array
+    seen_BS: jax.Array
+
+
 @dataclasses.dataclass
 class Block(hk.Module):
     """One layer: attention and feed-forward, each added to its input (`residual` says how).
@@ -42,7 +65,12 @@ class Block(hk.Module):
     GPT-J's parallel form, `x + Attention(Norm(x)) + FeedForward(Norm(x))`, has one norm: both
     branches read one input and add into one output, so the block needs one all-reduce over `mp`
     forward and one backward. "parallel-untied" is GPT-NeoX's, "sequential" GPT-2's, and
-    "post-norm", the first transformer's, normalises each sum.
+    "post-norm", the first transformer's, normalises each sum. With an encoder, a sequential block
+    attends to its output between the two.
+
+    With `use_static_sgu` attention reads and writes the second half of the features alone, and the
+    first half is mixed by fixed weights (`mixing.static_sgu`). This, and `dropout_residual`, which
+    drops what each branch adds, cost the parallel forms a second all-reduce forward.
     """
 
     config: ModelConfig
@@ -54,36 +82,61 @@ class Block(hk.Module):
         positions: Positions,
         cache: Cache | None,
         window: jax.Array | None = None,
+        keys: LayerKeys = NOTHING_DROPPED,
+        encoded: Encoded | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         cfg = self.config
         heads, ff = Heads.of(cfg), FeedForward.of(cfg)
+        dropped = functools.partial(dropout, dims="BTD", rate=cfg.dropout_residual)
         norm = Norm(cfg, name="norm")
         ff_norm = norm if cfg.residual == "parallel" else Norm(cfg, name="ff_norm")
         if cfg.residual in ("sequential", "post-norm"):
             post = cfg.residual == "post-norm"
             read, then = (lambda x: x, norm) if post else (norm, lambda x: x)
             made = _products(read(x_BTD), heads.inputs())
-            a_BTH, cache = attend(heads, made, positions, cache, cfg, window)
+            a_BTH, cache = attend(heads, made, positions, cache, cfg, window, keys.attention)
             a_BTD = heads.add_bias(rows((a_BTH, heads.o(), "HD")))
+            a_BTD = dropped(a_BTD, key=keys.after_attention)
             x_BTD = then(shard(x_BTD + a_BTD, "BTD"))
+            if encoded is not None or (cache is not None and cache.cross is not None):
+                x_BTD, cache = _across(x_BTD, positions, cache, encoded, cfg)
             read, then = (lambda x: x, ff_norm) if post else (ff_norm, lambda x: x)
             h_BTF = ff.hidden(_products(read(x_BTD), ff.inputs()))
-            return then(shard(x_BTD + ff.add_bias(rows((h_BTF, ff.out(), "FD"))), "BTD")), cache
-        if cfg.residual == "parallel":
-            made = _products(norm(x_BTD), (*heads.inputs(), *ff.inputs()))
+            h_BTD = ff.add_bias(rows((h_BTF, ff.out(), "FD")))
+            return then(shard(x_BTD + dropped(h_BTD, key=keys.after_ff), "BTD")), cache
+        y_BTD, mixed_BTD = norm(x_BTD), None
+        if cfg.use_static_sgu:
+            mixed_BTD, attended_BTD = jnp.split(y_BTD, 2, axis=-1)
+            mixed_BTD, cache = _mix(mixed_BTD, positions, cache)
+            made = (*_products(attended_BTD, heads.inputs()), *_products(y_BTD, ff.inputs()))
+        elif cfg.residual == "parallel":
+            made = _products(y_BTD, (*heads.inputs(), *ff.inputs()))
         else:
-            made = (
-                *_products(norm(x_BTD), heads.inputs()),
-                *_products(ff_norm(x_BTD), ff.inputs()),
-            )
-        a_BTH, cache = attend(heads, made[:3], positions, cache, cfg, window)
-        h_BTF = ff.hidden(made[3:])
-        z_BTD = rows((a_BTH, heads.o(), "HD"), (h_BTF, ff.out(), "FD"))
-        return shard(x_BTD + ff.add_bias(heads.add_bias(z_BTD)), "BTD"), cache
+            made = (*_products(y_BTD, heads.inputs()), *_products(ff_norm(x_BTD), ff.inputs()))
+        a_BTH, cache = attend(heads, made[:3], positions, cache, cfg, window, keys.attention)
+        out, ff_out = (a_BTH, heads.o(), "HD"), (ff.hidden(made[3:]), ff.out(), "FD")
+        if mixed_BTD is None and (keys.after_ff is None or cfg.dropout_residual == 0):
+            z_BTD = ff.add_bias(heads.add_bias(rows(out, ff_out)))
+            return shard(x_BTD + z_BTD, "BTD"), cache
+        a_BTD = dropped(heads.add_bias(rows(out)), key=keys.after_attention)
+        if mixed_BTD is not None:
+            a_BTD = jnp.concatenate((mixed_BTD, a_BTD), axis=-1)
+        h_BTD = dropped(ff.add_bias(rows(ff_out)), key=keys.after_ff)
+        return shard(x_BTD + a_BTD + h_BTD, "BTD"), cache
 
 
 def _products(y_BTD: jax.Array, weights: tuple[Product, ...]) -> tuple[jax.Array, ...]:
     return tuple(checkpoint_name(product, PRODUCT) for product in columns(y_BTD, *weights))
+
+
+def _mix(
+    y_BTD: jax.Array, positions: Positions, cache: Cache | None
+) -> tuple[jax.Array, Cache | None]:
+    """Mix features with those of the tokens before them, which a cache keeps."""
+    if cache is not None:
+        cache = cache.append_mixed(y_BTD, positions.ids_BT)
+        y_BTD = cache.mixed()
+    return static_sgu(y_BTD, positions.ids_BT), cache
 
 
 class FeedForward(NamedTuple):
@@ -97,6 +150,7 @@ class FeedForward(NamedTuple):
     @staticmethod
     def of(config: ModelConfig) -> FeedForward:
         read, write = _stddevs(config)
+        write *= ff_out_spread(config)
         d_model, d_ff = config.d_model, config.d_ff
         with hk.name_scope("ff"):
             up = Matrix(d_model, d_ff, read, name="in")
@@ -109,16 +163,16 @@ class FeedForward(NamedTuple):
 
     def hidden(self, products: tuple[jax.Array, ...]) -> jax.Array:
         """Return the hidden features `BTF` of the products with `inputs`."""
-        dtype, act = products[0].dtype, ACTIVATIONS[self.config.activation]
+        act = ACTIVATIONS[self.config.activation]
         matrices = [it for it in (self.up, self.gate) if it is not None]
         made = [
-            x_BTF + it.bias(dtype) if self.config.ff_bias else x_BTF
+            plus(x_BTF, it.bias()) if self.config.ff_bias else x_BTF
             for x_BTF, it in zip(products, matrices, strict=True)
         ]
         return shard(act(made[0]) if self.gate is None else made[0] * act(made[1]), "BTF")
 
     def add_bias(self, z_BTD: jax.Array) -> jax.Array:
-        return z_BTD + self.out.bias(z_BTD.dtype) if self.config.ff_bias else z_BTD
+        return plus(z_BTD, self.out.bias()) if self.config.ff_bias else z_BTD
 
 
 class Heads(NamedTuple):
@@ -133,11 +187,11 @@ class Heads(NamedTuple):
     config: ModelConfig
 
     @staticmethod
-    def of(config: ModelConfig) -> Heads:
-        read, write = _stddevs(config)
-        d_model, width = config.d_model, config.n_heads * config.d_head
+    def of(config: ModelConfig, name: str = "attention") -> Heads:
+        d_model, width = d_attended(config), config.n_heads * config.d_head
+        read, write = (it * math.sqrt(config.d_model / d_model) for it in _stddevs(config))
         kv_width = config.n_kv_heads * config.d_head
-        with hk.name_scope("attention"):
+        with hk.name_scope(name):
             return Heads(
                 Matrix(d_model, width, read, name="q"),
                 Matrix(d_model, kv_width, read, name="k"),
@@ -155,12 +209,12 @@ class Heads(NamedTuple):
 
     def split(self, products: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return queries `BTHK`, keys and values `BTGK` of the products with `inputs`."""
-        cfg, dtype = self.config, products[0].dtype
+        cfg = self.config
         q_BTH, k_BTG, v_BTG = products
         if cfg.qkv_bias:
-            q_BTH = q_BTH + self.q.bias(dtype)
-            k_BTG = k_BTG + self._copied(self.k.bias(dtype))
-            v_BTG = v_BTG + self._copied(self.v.bias(dtype))
+            q_BTH = plus(q_BTH, self.q.bias())
+            k_BTG = plus(k_BTG, self._copied(self.k.bias()))
+            v_BTG = plus(v_BTG, self._copied(self.v.bias()))
         q_BTHK, k_BTGK, v_BTGK = (
             shard(x.reshape(*x.shape[:2], -1, cfg.d_head), dims)
             for x, dims in ((q_BTH, "BTHK"), (k_BTG, "BTGK"), (v_BTG, "BTGK"))
@@ -179,7 +233,12 @@ class Heads(NamedTuple):
         return jnp.repeat(heads, copies, axis=-2).reshape(*x.shape[:-1], -1)
 
     def add_bias(self, z_BTD: jax.Array) -> jax.Array:
-        return z_BTD + self.o.bias(z_BTD.dtype) if self.config.o_bias else z_BTD
+        return plus(z_BTD, self.o.bias()) if self.config.o_bias else z_BTD
+
+
+def d_attended(config: ModelConfig) -> int:
+    """Return how many features attention reads and writes: half of them beside a static SGU."""
+    return config.d_model // 2 if config.use_static_sgu else config.d_model
 
 
 def _stddevs(config: ModelConfig) -> tuple[float, float]:
@@ -207,6 +266,7 @@ def attend(
     cache: Cache | None,
     config: ModelConfig,
     window: jax.Array | None,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """Split heads, rotate, append to the cache if there is one, and attend; `BTH`."""
     q_BTHK, k_BTGK, v_BTGK = heads.split(products)
@@ -219,7 +279,41 @@ def attend(
         cache = cache.append(k_BTGK, v_BTGK, positions.ids_BT)
         k_BTGK, v_BTGK = cache.keys_and_values()
     y_BTHK = attention(
-        q_BTHK, k_BTGK, v_BTGK, positions, config, cached=cache is not None, window=window
+        *(q_BTHK, k_BTGK, v_BTGK, positions, config),
+        cached=cache is not None,
+        window=window,
+        dropout_key=dropout_key,
     )
     y_BTH = shard(y_BTHK.reshape(*y_BTHK.shape[:2], -1), "BTH")
     return checkpoint_name(y_BTH, PRODUCT), cache
+
+
+def _across(
+    x_BTD: jax.Array,
+    positions: Positions,
+    cache: Cache | None,
+    encoded: Encoded | None,
+    cfg: ModelConfig,
+) -> tuple[jax.Array, Cache | None]:
+    """Attend to an encoder's output, or to what the cache keeps of it, and add the result."""
+    heads, norm = Heads.of(cfg, "cross"), Norm(cfg, name="cross_norm")
+    q_DH, *kv_DG = heads.inputs()
+    (q_BTH,) = _products(norm(x_BTD), (q_DH,))
+    if encoded is not None:
+        k_BSG, v_BSG = (
+            checkpoint_name(product, PRODUCT)
+            for product in columns_of_copies(encoded.y_MBSD, *kv_DG)
+        )
+        seen_BS = encoded.seen_BS
+        if cache is not None and cache.cross is not None:
+            cache = cache._replace(cross=cache.cross.write(cache.layer, k_BSG, v_BSG))
+    else:
+        assert cache is not None and cache.cross is not None, "the caller has looked"
+        k_BSG, v_BSG = cache.cross.read(cache.layer)
+        seen_BS = cache.cross.seen_BS
+    q_BTHK, k_BSGK, v_BSGK = heads.split((q_BTH, k_BSG, v_BSG))
+    seen = Positions(positions.ids_BT, seen_BS=seen_BS)
+    y_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, seen, cfg, cached=True)
+    y_BTH = checkpoint_name(shard(y_BTHK.reshape(*y_BTHK.shape[:2], -1), "BTH"), PRODUCT)
+    a_BTD = heads.add_bias(rows((y_BTH, heads.o(), "HD")))
+    return shard(x_BTD + a_BTD, "BTD"), cache

@@ -9,17 +9,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.model.mup import head_spread
 from mesh_transformer.sharding import columns, lookup, shard
 
 PRODUCT = "product"
 """Names, for rematerialisation, what is dear to compute again: products and attention."""
+
+
+def kept_for_backward(part: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """Let a part of the model keep for its backward pass its input, its products too, or all."""
+    if remat == "none":
+        return part
+    policies = {
+        "full": None,
+        "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    }
+    return hk.remat(part, policy=policies[remat])
+
 
 PADDING_BIAS = -1e4
 """Bias of rows that pad a vocabulary: the softmax gives them exactly nothing, in float16 too."""
@@ -71,20 +85,32 @@ def mean_square_normalised(x: jax.Array, epsilon: float) -> jax.Array:
 
 @dataclasses.dataclass
 class Matrix(hk.Module):
-    """A weight `[n_in, n_out]`, truncated normal, and its bias; `columns` and `rows` multiply."""
+    """A weight `[n_in, n_out]` and its bias; `columns` and `rows` multiply.
+
+    It starts truncated normal, of this standard deviation, unless `init` is given.
+    """
 
     n_in: int
     n_out: int
-    stddev: float
+    stddev: float = 1.0
+    init: hk.initializers.Initializer | None = None
     name: str | None = None
 
     def __call__(self) -> jax.Array:
-        init = hk.initializers.TruncatedNormal(stddev=self.stddev)
+        init = self.init or hk.initializers.TruncatedNormal(stddev=self.stddev)
         return hk.get_parameter("w", [self.n_in, self.n_out], init=init)
 
-    def bias(self, dtype: jnp.dtype) -> jax.Array:
-        """Return the bias `[n_out]` that goes with the weight; it starts at 0."""
-        return hk.get_parameter("b", [self.n_out], init=jnp.zeros).astype(dtype)
+    def bias(self) -> jax.Array:
+        """Return the bias `[n_out]` that goes with the weight, for `plus`; it starts at 0."""
+        return hk.get_parameter("b", [self.n_out], init=jnp.zeros)
+
+
+def plus(x: jax.Array, parameter: jax.Array) -> jax.Array:
+    """Add to features what is learned and the same for many tokens, in float32.
+
+    For the sake of the parameter's gradient: a sum over all these tokens.
+    """
+    return (x.astype(jnp.float32) + parameter.astype(jnp.float32)).astype(x.dtype)
 
 
 Product = tuple[jax.Array, str]
@@ -110,9 +136,8 @@ class Embed(hk.Module):
             project = Matrix(cfg.d_embed, cfg.d_model, cfg.d_embed**-0.5, name="project")
             x_BTD = x_BTD @ project()
         if cfg.embed_bias:
-            # Added in float32, for the sake of the bias's gradient: a sum over all tokens.
-            x_BTD = x_BTD + hk.get_parameter("b", [cfg.d_model], init=jnp.zeros)
-        x_BTD = shard(x_BTD.astype(table_VE.dtype), "BTD")
+            x_BTD = plus(x_BTD, hk.get_parameter("b", [cfg.d_model], init=jnp.zeros))
+        x_BTD = shard(x_BTD, "BTD")
         return (Norm(cfg, name="norm")(x_BTD) if cfg.embed_norm else x_BTD), table_VE
 
 
@@ -147,7 +172,8 @@ class Unembed(hk.Module):
         if cfg.tie_embeddings:
             w_EV = shard(table_VE.T, "EV")
         else:
-            init = hk.initializers.TruncatedNormal(stddev=cfg.d_model**-0.5)
+            stddev = cfg.d_model**-0.5 * head_spread(cfg)
+            init = hk.initializers.TruncatedNormal(stddev=stddev)
             w_EV = hk.get_parameter("w", [cfg.d_embed, cfg.n_vocab], init=init)
         if cfg.head_bias:
             b_V = hk.get_parameter("b", [cfg.n_vocab], init=jnp.zeros)
@@ -158,11 +184,13 @@ class Unembed(hk.Module):
         return Head(w_EV, b_V, project_DE)
 
 
-def logits(x_BTD: jax.Array, head: Head) -> jax.Array:
-    """Return float32 logits, split over `mp` by V."""
+def logits(x_BTD: jax.Array, head: Head, scale: float = 1.0) -> jax.Array:
+    """Return float32 logits, `scale` times the products plus the bias, split over `mp` by V."""
     if head.project_DE is not None:
         x_BTD = x_BTD @ head.project_DE
     (logits_BTV,) = columns(x_BTD, (head.w_EV, "DV"), dtype=jnp.float32)
+    if scale != 1:
+        logits_BTV = logits_BTV * scale
     if head.b_V is not None:
         logits_BTV = logits_BTV + head.b_V.astype(jnp.float32)
     return shard(logits_BTV, "BTV")

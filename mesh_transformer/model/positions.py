@@ -19,9 +19,6 @@ import numpy as np
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.sharding import shard
 
-T5_BUCKETS = 32
-T5_MAX_DISTANCE = 128
-
 
 class Positions(NamedTuple):
     """Positions of the tokens fed; computed once, used by every layer.
@@ -31,20 +28,28 @@ class Positions(NamedTuple):
         cos_BTR: float32 cosine of the rotary angle of each pair of features, or None.
         sin_BTR: And its sine.
         bias_BHTS: float32 added to the attention logits, or None.
+        seen_BS: bool, slots that every query sees; None: those up to its own position.
     """
 
     ids_BT: jax.Array
     cos_BTR: jax.Array | None = None
     sin_BTR: jax.Array | None = None
     bias_BHTS: jax.Array | None = None
+    seen_BS: jax.Array | None = None
 
 
-def positions_of(ids_BT: jax.Array, n_slots: int, config: ModelConfig) -> Positions:
-    """Return the positions, with the angles or the bias that the model's `pe` makes of them."""
+def positions_of(
+    ids_BT: jax.Array, n_slots: int, config: ModelConfig, *, both_ways: bool = False
+) -> Positions:
+    """Return the positions, with the angles or the bias that the model's `pe` makes of them.
+
+    Args:
+        both_ways: Whether queries see slots after their own too, as an encoder's do.
+    """
     if config.pe.startswith("rotary"):
         return Positions(ids_BT, *rotary(ids_BT, config))
     if config.pe == "t5":
-        bias = RelativePositions(config, name="relative_positions")
+        bias = RelativePositions(config, both_ways, name="relative_positions")
         return Positions(ids_BT, bias_BHTS=bias(ids_BT, jnp.arange(n_slots)))
     if config.pe == "alibi":
         return Positions(ids_BT, bias_BHTS=alibi(ids_BT, jnp.arange(n_slots), config.n_heads))
@@ -175,24 +180,31 @@ class LearnedPositions(hk.Module):
 class RelativePositions(hk.Module):
     """T5's learned bias per head and bucket of distance (`pe: t5`), shared by all layers.
 
-    arXiv:1910.10683, unidirectional: the first 16 of 32 buckets hold one distance each, the
-    others grow logarithmically up to 128.
+    arXiv:1910.10683. Of n buckets the first n / 2 hold one distance each, the others grow
+    logarithmically up to `pe_max_distance`. Looking both ways, slots after the query have the
+    second half of all buckets to themselves; else they share the bucket of distance 0.
     """
 
     config: ModelConfig
+    both_ways: bool = False
     name: str | None = None
 
     def __call__(self, positions_BT: jax.Array, slots_S: jax.Array) -> jax.Array:
+        cfg = self.config
         table_HR = hk.get_parameter(
             "embeddings",
-            [self.config.n_heads, T5_BUCKETS],
+            [cfg.n_heads, cfg.pe_buckets],
             init=hk.initializers.TruncatedNormal(stddev=0.02),
         )
-        distance_BTS = jnp.maximum(positions_BT[:, :, None] - slots_S, 0)
-        exact = T5_BUCKETS // 2
+        behind_BTS = positions_BT[:, :, None] - slots_S
+        n_buckets = cfg.pe_buckets // 2 if self.both_ways else cfg.pe_buckets
+        distance_BTS = jnp.abs(behind_BTS) if self.both_ways else jnp.maximum(behind_BTS, 0)
+        exact = n_buckets // 2
         ratio_BTS = jnp.log(jnp.maximum(distance_BTS, 1) / exact)
-        grown_BTS = ratio_BTS / math.log(T5_MAX_DISTANCE / exact) * (T5_BUCKETS - exact)
-        far_BTS = jnp.minimum(exact + grown_BTS.astype(jnp.int32), T5_BUCKETS - 1)
+        grown_BTS = ratio_BTS / math.log(cfg.pe_max_distance / exact) * (n_buckets - exact)
+        far_BTS = jnp.minimum(exact + grown_BTS.astype(jnp.int32), n_buckets - 1)
         bucket_BTS = jnp.where(distance_BTS < exact, distance_BTS, far_BTS)
+        if self.both_ways:
+            bucket_BTS += jnp.where(behind_BTS < 0, n_buckets, 0)
         bias_HBTS = table_HR.astype(jnp.float32)[:, bucket_BTS]
         return shard(bias_HBTS.swapaxes(0, 1), "BHTS")

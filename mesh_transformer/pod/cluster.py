@@ -75,7 +75,7 @@ class Cluster:
         pod = config.pod
         self._starting = _Deadline("pod_start_seconds", pod.pod_start_seconds)
         self._stepping = _Deadline("pod_step_seconds", pod.pod_step_seconds)
-        self._compiled = False
+        self._compiled: set[tuple[int, ...]] = set()  # shapes of batches
         self._answered = time.monotonic()  # when all hosts were known to live
         self._hosts: list[Any] = []
         self._names = [node.address for node in nodes]
@@ -129,7 +129,7 @@ class Cluster:
         """
         tokens, mask = ray.put(tokens_ABT1), None if mask_ABT is None else ray.put(mask_ABT)
         refs = [host.train.remote(tokens, mask) for host in self._hosts]
-        step = _Step(self)
+        step = _Step(self, tokens_ABT1.shape)
         if self._steps:
             self._steps[-1].refs = refs
         else:
@@ -186,11 +186,11 @@ class Cluster:
             first = self._steps[0]
             if not first.refs:
                 first.refs = [host.settle.remote() for host in self._hosts]
-            deadline = self._stepping if self._compiled else self._starting
+            deadline = self._stepping if first.shape in self._compiled else self._starting
             if first.begun:
                 self._wait("train", first.begun, deadline)
             first.numbers = self._wait("train", first.refs, deadline)[0]
-            self._compiled = True
+            self._compiled.add(first.shape)
             self._steps.popleft()
             if first is step:
                 return
@@ -216,14 +216,13 @@ class Cluster:
             raise UserError(
                 f"model_dir {root} is not one folder for all hosts: what {self._names[0]} writes "
                 f"there is not seen by {', '.join(blind)}, so that no checkpoint would be whole; "
-                "set it to the whole path of a folder that all machines share, or to a gs:// or "
-                "s3:// URL"
+                "set it to the whole path of a folder that all machines share, or to a gs:// URL"
             )
         if alone:
             raise UserError(
                 f"model_dir {root} is another folder here than on {self._names[0]}, where "
                 "checkpoints would go and may be lost with the machine; set it to a folder that "
-                "all machines share, or to a gs:// or s3:// URL"
+                "all machines share, or to a gs:// URL"
             )
 
     def _all(self, method: str, *args: Any) -> list[Any]:
@@ -314,8 +313,9 @@ def _told(error: ray.exceptions.RayError) -> str:
 class _Step(Mapping[str, float]):
     """The metrics of a step; asking for one waits for it."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, shape: tuple[int, ...]) -> None:
         self._cluster = cluster
+        self.shape = shape  # of the batch, which is compiled for
         self.begun: list[Any] = []  # answers that say nothing yet, but may fail
         self.refs: list[Any] = []  # answers that hold this step's metrics
         self.numbers: dict[str, float] | None = None

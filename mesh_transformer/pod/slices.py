@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Self
 
-from mesh_transformer import rules, storage
+from mesh_transformer import buckets, rules, storage
 from mesh_transformer.config import Config
 from mesh_transformer.errors import UserError
 from mesh_transformer.pod.machines import Machine, Node, RayCluster
@@ -80,7 +80,7 @@ class SlicePod:
         self._api = connect(zone, config.pod.tpu_project, clock=clock, sleep=sleep)
         self._vms = [TpuVm(name, zone, config.pod, spot=spot, api=self._api) for name in names]
         schemes = {path.partition("://")[0] for path in (config.checkpoint.root, also_read or "")}
-        self._extras = ("tpu", "pods", *(e for s, e in storage.EXTRAS.items() if s in schemes))
+        self._extras = ("tpu", "pods", *(e for s, e in buckets.EXTRAS.items() if s in schemes))
         self._absent: set[str] = set()  # slices that are ready but whose hosts do not come
         self._left = contextlib.ExitStack()
 

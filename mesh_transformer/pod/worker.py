@@ -18,21 +18,28 @@ from jax.sharding import NamedSharding
 from mesh_transformer import __version__, progress
 from mesh_transformer.checkpoints import native, opening, placing
 from mesh_transformer.checkpoints.fitting import fitted
+from mesh_transformer.checkpoints.native_source import NativeSource
 from mesh_transformer.checkpoints.source import MU, NU, PARAMS, Source
 from mesh_transformer.config import Config
 from mesh_transformer.model.sampling import Choice
+from mesh_transformer.network_rules import MUP
 from mesh_transformer.pod import checks
+from mesh_transformer.pod import prompts as prompting
 from mesh_transformer.session import Evaluation, Generation, Metrics, Position, Restored, Sampling
 from mesh_transformer.sharding import COMPUTE, fetch, make_mesh, spec
 from mesh_transformer.training.memory import memory_for
 from mesh_transformer.training.optimizer import make_optimizer, restart_schedule
 from mesh_transformer.training.steps import Continuation, TrainState, make_steps
 
-_SMALLEST_BUCKET = 64  # positions; one compiled decoder serves all prompts of a bucket
-
 # What may differ between a checkpoint and the configuration that reads it: how the model is
 # computed, trained and sampled. All else says which function the weights are the weights of.
-_FREE = {"seq", "n_tokens", "compute_dtype", "remat", "unroll", "attention", "z_loss"}
+_FREE = {"seq", "encoder_seq", "n_tokens"} | {
+    *("compute_dtype", "remat", "unroll", "attention", "z_loss", *MUP),
+    *("dropout_embedding", "dropout_attention", "dropout_residual"),
+}
+
+# Of a checkpoint that is older than the key.
+_BEFORE = {"output_scale": 1.0}
 
 _logger = logging.getLogger(__name__)
 
@@ -126,7 +133,7 @@ class Worker:
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int
     ) -> Generation:
-        """Continue each prompt by up to `max_new_tokens` tokens."""
+        """Continue each prompt by up to `max_new_tokens` tokens, or answer it after an encoder."""
         (generation,) = self.stream(prompts, sampling, max_new_tokens, every=max_new_tokens)
         return generation
 
@@ -159,7 +166,8 @@ class Worker:
                 key_B=jax.vmap(lambda row: jax.random.fold_in(base_key, row))(jnp.arange(n_rows)),
             )
             stop_ids = jnp.array(sampling.stop_ids or (-1,), jnp.int32)
-            seen = [len(prompt) for prompt in prompts]
+            is_answer = bool(self.config.model.encoder_layers)
+            seen = [1 if is_answer else len(prompt) for prompt in prompts]
             for _ in range(0, max_new_tokens, every):
                 now = self.steps.decode(weights, now, choice, stop_ids, jnp.int32(every))
                 tokens_BS, logprobs_BS, position_B, done_B = fetch(
@@ -248,7 +256,7 @@ class Worker:
             init = jax.jit(optimizer.init, out_shardings=shardings)
             self.state = TrainState(step, params, init(params))
             return
-        if found.format == "native":
+        if isinstance(source, NativeSource):  # and needs nothing cut off
             state, _ = native.restore(found.folder, wanted, config=self.config.to_flat())
             params, opt_state = state.params, state.opt_state
         else:
@@ -288,7 +296,7 @@ class Worker:
 
     def _read_params(self, found: opening.Found, source: Source) -> Any:
         wanted = self.steps.state.params
-        if found.format == "native":  # each process reads its own part
+        if isinstance(source, NativeSource):  # each process reads its own part
             flat = self.config.to_flat()
             return native.restore_params(found.folder, wanted, config=flat, cast=True)
         with self._reading(source, moments=False) as advance, memory_for("weights"):
@@ -317,11 +325,11 @@ class Worker:
         self, stored: Mapping[str, Any], where: str, free: Collection[str] = _FREE
     ) -> None:
         """Refuse weights of another function: of other shapes, or of the same by chance."""
-        model = dataclasses.asdict(self.config.model)
+        model, stored = dataclasses.asdict(self.config.model), {**_BEFORE, **stored}
         problems = [
             f"{key} is {stored[key]!r} there, {value!r} in the configuration"
             for key, value in model.items()
-            if key not in free and stored.get(key, value) != value
+            if key not in free and not _same(stored.get(key, value), value)
         ]
         if problems:
             heading = f"{where} is of another model; mend the configuration, or read another:"
@@ -350,27 +358,21 @@ class Worker:
     def _begin(
         self, weights: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
     ) -> Continuation:
-        """Lay out the prompts by position, padded on the right, and fill the cache."""
-        n_rows = len(prompts) + -len(prompts) % self.mesh.shape["dp"]
-        lengths_B = np.ones(n_rows, np.int32)
-        lengths_B[: len(prompts)] = [len(prompt) for prompt in prompts]
-        n_slots = self._bucket(int(lengths_B.max()) + max_new_tokens)
-        tokens_BS = np.zeros((n_rows, n_slots), np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens_BS[row, : len(prompt)] = prompt
-        filled_BT = tokens_BS[:, : self._bucket(int(lengths_B.max()))]
+        """Lay out the prompts and fill the cache."""
+        laid = prompting.laid(self.config.model, prompts, max_new_tokens, self.mesh.shape["dp"])
+        n_slots = laid.tokens_BS.shape[1]
         return Continuation(
-            tokens_BS=self._on_mesh(tokens_BS, "BS"),
-            logprobs_BS=self._on_mesh(np.zeros(tokens_BS.shape, np.float32), "BS"),
-            position_B=self._on_mesh(lengths_B - 1, "B"),
-            last_B=self._on_mesh(lengths_B - 1 + max_new_tokens, "B"),
-            done_B=self._on_mesh(np.arange(n_rows) >= len(prompts), "B"),
-            cache=self.steps.prefill(weights, self._on_mesh(filled_BT, "BT"), n_slots),
+            tokens_BS=self._on_mesh(laid.tokens_BS, "BS"),
+            logprobs_BS=self._on_mesh(np.zeros(laid.tokens_BS.shape, np.float32), "BS"),
+            position_B=self._on_mesh(laid.length_B - 1, "B"),
+            last_B=self._on_mesh(laid.length_B - 1 + max_new_tokens, "B"),
+            done_B=self._on_mesh(laid.done_B, "B"),
+            cache=self.steps.prefill(weights, self._on_mesh(laid.fed_BT, "BT"), n_slots),
         )
 
-    def _bucket(self, n_positions: int) -> int:
-        """Return the next power of two, up to `seq`: few lengths, so few compilations."""
-        bucket = _SMALLEST_BUCKET
-        while bucket < n_positions:
-            bucket *= 2
-        return min(bucket, self.config.model.seq)
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether values are equal: numbers as float32, in which some formats keep them."""
+    if isinstance(one, float) and isinstance(other, float):
+        return bool(np.float32(one) == np.float32(other))
+    return bool(one == other)

@@ -24,12 +24,16 @@ class Loaded(NamedTuple):
         tokenizer: What the weights were trained with.
         max_new_tokens: To continue a prompt by.
         seq: Positions that the model has.
+        encoder_seq: Tokens that its encoder is fed; 0: it has none, and text goes on.
+        stop_ids: Tokens that end a text: the tokenizer's, and those that the model says itself.
     """
 
     worker: Worker
     tokenizer: Tokenizer
     max_new_tokens: int
     seq: int
+    encoder_seq: int
+    stop_ids: tuple[int, ...]
 
     def continuation(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         """Yield the text that follows a prompt, up to its end; see `text.continuation`."""
@@ -37,9 +41,10 @@ class Loaded(NamedTuple):
             self.worker,
             self.tokenizer,
             prompt,
-            dataclasses.replace(sampling, stop_ids=(self.tokenizer.eot_id,)),
+            dataclasses.replace(sampling, stop_ids=self.stop_ids),
             max_new_tokens=self.max_new_tokens,
             seq=self.seq,
+            encoder_seq=self.encoder_seq,
         )
 
 
@@ -63,4 +68,5 @@ def load(path: str | None, config: Config | None, *, max_new_tokens: int | None 
     config, devices = one_replica(text.for_tokenizer(config, tokens))
     worker = Worker(config, devices)
     worker.load_weights(path or config.checkpoint.root)
-    return Loaded(worker, tokens, length, seq)
+    stop_ids = {tokens.eot_id: None} | dict.fromkeys(opening.end_ids(path) if path else ())
+    return Loaded(worker, tokens, length, seq, config.model.encoder_seq, tuple(stop_ids))

@@ -73,24 +73,49 @@ def continuation(
     *,
     max_new_tokens: int,
     seq: int,
+    encoder_seq: int = 0,
 ) -> Iterator[str]:
     """Yield the text that follows a prompt, in pieces that never break a character.
 
-    An empty prompt continues the end of a text, as a new document begins. A prompt that leaves no
-    room for the new tokens loses its beginning, with a warning.
+    A prompt begins as the tokenizer begins a document; where it does not, an empty one continues
+    the end of a text, as a new document would. A prompt that leaves no room for the new tokens
+    loses its beginning, with a warning.
+
+    Args:
+        encoder_seq: Tokens that an encoder is fed, if there is one: the prompt and an end of text.
+            One that is longer loses what comes before its end, with a warning.
 
     Raises:
         UserError: `checked_length` refuses the number of new tokens.
     """
     room = seq - checked_length(max_new_tokens, seq)
-    ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
-    if len(ids) > room:
-        _logger.warning("the prompt has %d tokens; only its last %d are used", len(ids), room)
-        ids = ids[-room:]
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = tokenizer.encode(prompt)
+    if encoder_seq:
+        ids = _for_encoder(ids, tokenizer, encoder_seq)
+    elif len(begin + ids) > room:
+        n_used = room - len(begin)
+        _logger.warning("the prompt has %d tokens; only its last %d are used", len(ids), n_used)
+        ids = begin + ids[len(ids) - n_used :]
+    else:
+        ids = begin + ids or [tokenizer.eot_id]
     text = TextStream(tokenizer)
     for piece in model.stream([ids], sampling, max_new_tokens, every=_TOKENS_AT_ONCE):
         yield "".join(map(text.push, piece.tokens[0]))
     yield text.finish()
+
+
+def _for_encoder(ids: list[int], tokenizer: Tokenizer, encoder_seq: int) -> list[int]:
+    """Return a prompt as records hold an input: begun and ended as the tokenizer does a document.
+
+    Where one id would do both, it only ends it.
+    """
+    begin = [] if tokenizer.bos_id in (None, tokenizer.eot_id) else [tokenizer.bos_id]
+    ids = [*begin, *ids]
+    first = encoder_seq - 1
+    if len(ids) > first:
+        _logger.warning("the prompt has %d tokens; only its first %d are used", len(ids), first)
+    return [*ids[:first], tokenizer.eot_id]
 
 
 def asked_prompts() -> Iterator[str]:

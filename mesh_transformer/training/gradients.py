@@ -26,10 +26,14 @@ from mesh_transformer.model.decoder import Model
 from mesh_transformer.model.loss import TokenLoss
 from mesh_transformer.model.weights import Weight, sum_into_shards
 from mesh_transformer.sharding import axis_size, is_matrix, over_mp, shard, spread_axis, sum_of
-from mesh_transformer.training import as_original
+from mesh_transformer.training import as_original, examples
 
 SCATTERED, SPREAD = 2, 3
 """The first stage that scatters the gradient sum, and the first that spreads weights in use."""
+
+
+DROPOUT = 2**32 - 1
+"""What the seed's key is folded with for dropout."""
 
 
 class Gradients(NamedTuple):
@@ -92,10 +96,14 @@ def accumulate(
     dims: Any,
     tokens_ABT1: jax.Array,
     mask_ABT: jax.Array | None,
+    step: jax.Array,
 ) -> Gradients:
     """Return the gradient of the mean loss over A microbatches of B sequences.
 
     The mean is over valid tokens (mask 1) of the whole step, however they fall into microbatches.
+
+    Args:
+        step: int32, steps taken before: with the seed, all that says what dropout drops.
     """
     stage = config.mesh.zero_stage
     weights = weights_in_use(params, dims, config)
@@ -105,9 +113,9 @@ def accumulate(
     replica = functools.partial(_on_one_replica, model, config, dims)
     mean, loss, last_loss, micro_norm = over_dp(
         replica,
-        in_specs=(dp_specs(dims, spread=stage >= SPREAD), data_spec, mask_spec),
+        in_specs=(dp_specs(dims, spread=stage >= SPREAD), data_spec, mask_spec, PartitionSpec()),
         out_specs=(grads_specs, PartitionSpec(), PartitionSpec(), PartitionSpec()),
-    )(weights, tokens_ABT1, mask_ABT)
+    )(weights, tokens_ABT1, mask_ABT, step)
     return Gradients(mean, loss, last_loss, micro_norm)
 
 
@@ -118,26 +126,27 @@ def _on_one_replica(
     weights: Any,
     tokens_ABT1: jax.Array,
     mask_ABT: jax.Array | None,
+    step: jax.Array,
 ) -> tuple[Any, jax.Array, jax.Array, jax.Array | None]:
     stage, shards = config.mesh.zero_stage, config.optimizer.original_shards
     n_replicas, n_steps = jax.lax.axis_size("dp"), tokens_ABT1.shape[0]
-    if mask_ABT is None:
-        mask_ABT = jnp.ones(tokens_ABT1[..., 1:].shape, jnp.float32)
+    mask_ABT = examples.weighed(tokens_ABT1, mask_ABT, config.model)
     n_valid = jnp.maximum(jax.lax.psum(mask_ABT.sum(), "dp"), 1)
-    n_valid_last = jnp.maximum(jax.lax.psum(mask_ABT[..., -1].sum(), "dp"), 1)
+    last_AB = examples.last_of(mask_ABT, mask_ABT, config.model)
+    n_valid_last = jnp.maximum(jax.lax.psum(last_AB.sum(), "dp"), 1)
     receivers = jax.tree.map(functools.partial(_receiver, config), weights, dims)
+    keys_A = dropout_keys(config, step, n_steps)
 
-    def objective(receivers: Any, tokens_BT1: jax.Array, mask_BT: jax.Array) -> Any:
+    def objective(receivers: Any, tokens_BT1: jax.Array, mask_BT: jax.Array, key: Any) -> Any:
         params = jax.tree.map(
             lambda weight, receiver, letters: Weight(weight, receiver, letters, stage >= SPREAD),
-            weights,
-            receivers,
-            dims,
+            *(weights, receivers, dims),
         )
-        seen = score(model, params, tokens_BT1)
+        seen = score(model, params, tokens_BT1, key)
         nll = (seen.loss_BT * mask_BT).sum() / n_valid
         penalty = (as_original.penalty(seen, shards) * mask_BT).sum() / n_valid
-        last_loss = (seen.loss_BT * mask_BT)[:, -1].sum() / n_valid_last
+        last_loss_B = examples.last_of(seen.loss_BT * mask_BT, mask_BT, config.model)
+        last_loss = last_loss_B.sum() / n_valid_last
         total = nll + config.model.z_loss * penalty
         if shards:
             return total, (total, last_loss + config.model.z_loss * penalty)
@@ -161,20 +170,39 @@ def _on_one_replica(
     n_units = n_steps if stage >= SPREAD else n_steps * n_replicas
     start = (jax.tree.map(zeros, receivers, dims), jnp.float32(0))
     if n_steps > 1:
-        (total, squares), losses = jax.lax.scan(microbatch, start, (tokens_ABT1, mask_ABT))
+        (total, squares), losses = jax.lax.scan(microbatch, start, (tokens_ABT1, mask_ABT, keys_A))
     else:  # In a loop of one round all is invariant: TPU compilers hoist it, and run it twice.
-        (total, squares), losses = microbatch(start, (tokens_ABT1[0], mask_ABT[0]))
+        only = jax.tree.map(lambda batch_A: batch_A[0], (tokens_ABT1, mask_ABT, keys_A))
+        (total, squares), losses = microbatch(start, only)
     nll, last_loss = (jax.lax.psum(loss_A.sum(), "dp") for loss_A in losses)
     micro_norm = jnp.sqrt(jax.lax.psum(squares, "dp") * n_units) if n_units > 1 else None
     mean = jax.tree.map(functools.partial(_sum_between_replicas, stage), total, dims)
     return mean, nll, last_loss, micro_norm
 
 
-def score(model: Model, params: Any, tokens_BT1: jax.Array) -> TokenLoss:
-    """Return the loss of each token but the first, given those before it."""
-    inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
+def dropout_keys(config: Config, step: jax.Array, n_steps: int) -> jax.Array | None:
+    """Return a random key for each microbatch of this replica; None if nothing is dropped.
+
+    They follow from seed, step, microbatch and replica alone, so that a run that is resumed draws
+    what it would have drawn.
+    """
+    cfg = config.model
+    if not any((cfg.dropout_embedding, cfg.dropout_attention, cfg.dropout_residual)):
+        return None
+    # Initial weights are drawn from keys that the seed's own is split into; this is none of them.
+    key = jax.random.fold_in(jax.random.key(config.run.seed), DROPOUT)
+    key = jax.random.fold_in(jax.random.fold_in(key, step), jax.lax.axis_index("dp"))
+    return jax.random.split(key, n_steps)
+
+
+def score(
+    model: Model, params: Any, tokens_BT1: jax.Array, dropout_key: jax.Array | None = None
+) -> TokenLoss:
+    """Return the loss of each token but the first that the decoder has, given those before it."""
+    inputs_BT, targets_BT, sources = examples.split(tokens_BT1, model.config)
     positions_BT = jnp.arange(inputs_BT.shape[1])[None]
-    return model.apply(params, inputs_BT, positions_BT, targets_BT=targets_BT)[0]
+    options: dict[str, Any] = {"targets_BT": targets_BT, "dropout_key": dropout_key, **sources}
+    return model.apply(params, inputs_BT, positions_BT, **options)[0]
 
 
 def _receiver(config: Config, weight: jax.Array, dims: str) -> jax.Array:

@@ -135,14 +135,15 @@ class Data:
         self._config = config
         self._n_devices = n_devices
         self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
+        names = ("seq", "encoder_seq", "pad_id", "n_vocab")
+        self._record: dict[str, int] = {name: getattr(config.model, name) for name in names}
         self.train_from(Position()).close()
         self.validation: Mapping[str, ValidationBatches] = {
             name: ValidationBatches(
                 index,
                 batch=config.val_batch(n_devices),
-                seq=config.model.seq,
-                n_vocab=config.model.n_vocab,
                 tokenizer=self.tokenizer,
+                **self._record,
             )
             for name, index in config.data.val_set.items()
             if config.run.val_batches
@@ -161,10 +162,9 @@ class Data:
                 config.batch.gradient_accumulation_steps,
                 config.global_batch(self._n_devices),
             ),
-            seq=config.model.seq,
-            n_vocab=config.model.n_vocab,
             position=position,
             tokenizer=self.tokenizer,
+            **self._record,
         )
 
 
@@ -292,7 +292,12 @@ class _Training:
         self._ledger.now(goodput.COMPILING)
         while self._step < total_steps and not signals.received:
             self._step += 1
-            metrics = self._session.train(next(self._batches))
+            lengths = self._config.lengths
+            if lengths.begins(self._step):  # and compiles: in time of its own
+                self._log_steps()
+                self._ledger.now(goodput.COMPILING)
+            n_tokens = self._config.model.encoder_seq + lengths.at(self._step) + 1
+            metrics = self._session.train(next(self._batches)[..., :n_tokens])
             self._in_flight.append((self._step, metrics))
             self._unvalidated = _due(self._config, self._data, self._step)
             self._validate(signals)
@@ -331,7 +336,7 @@ class _Training:
             n_correct += int(seen.correct_BT.sum())
             n_tokens += int(mask_BT.sum())
             if lengths_V is not None:
-                seen_ids = tokens_BT1[:, 1:][mask_BT]
+                seen_ids = tokens_BT1[:, -mask_BT.shape[1] :][mask_BT]
                 n_bytes += int(lengths_V[seen_ids[seen_ids < len(lengths_V)]].sum())
         bytes_per_token = n_bytes / n_tokens if n_bytes else None
         accuracy = n_correct / n_tokens

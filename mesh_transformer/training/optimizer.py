@@ -10,27 +10,35 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mesh_transformer.model import mup
 from mesh_transformer.network import Norm
 from mesh_transformer.sections import OptimizerConfig
 from mesh_transformer.training import as_original
 
 
-def make_optimizer(config: OptimizerConfig, norm: Norm) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, norm: Norm, widths: mup.Widths = mup.STANDARD
+) -> optax.GradientTransformation:
     """Return clip, Adam, weight decay, learning rate, as mesh-transformer-jax chains them.
 
     Clip the global norm to 1; Adam (arXiv:1412.6980) with b1 0.9, b2 0.999, epsilon 1e-8; add the
     decay of matrices before the learning rate multiplies both (AdamW, arXiv:1711.05101).
 
     With `original_shards`, the norm and Adam's updates are what `as_original` makes of them; the
-    state has the same tree and scale as without.
+    state has the same tree and scale as without. So it has with muP, which resizes Adam's updates.
 
     Args:
         norm: The model's.
+        widths: The model's, beside its base's.
     """
     shards = config.original_shards
+
+    def moved(updates: Any) -> Any:
+        return mup.sized(as_original.moved(updates, shards, norm), widths)
+
     return optax.chain(
         clip_by_global_norm(1.0, functools.partial(as_original.counted, shards=shards, norm=norm)),
-        adam(functools.partial(as_original.moved, shards=shards, norm=norm)),
+        adam(moved),
         optax.add_decayed_weights(config.weight_decay, mask=is_decayed),
         optax.scale_by_learning_rate(learning_rate(config)),
     )

@@ -16,10 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mesh_transformer.config import Config
 from mesh_transformer.model.attention import Cache, implementation_for
 from mesh_transformer.model.decoder import Model, empty_cache, make_model
+from mesh_transformer.model.mup import widths_of
 from mesh_transformer.model.sampling import Choice, choose
 from mesh_transformer.model.weights import Weight
 from mesh_transformer.sharding import COMPUTE, param_dims, shard, spec, stored_spec
-from mesh_transformer.training import as_original
+from mesh_transformer.training import as_original, examples
 from mesh_transformer.training.gradients import (
     SPREAD,
     accumulate,
@@ -97,7 +98,8 @@ class Steps(NamedTuple):
             last_loss, grad_norm, micro_grad_norm, lr; float32 scalars.
         evaluate: params, tokens_BT1 -> loss_BT, correct_BT.
         copies: params -> the weights in the compute dtype, for `prefill` and `decode`.
-        prefill: copies, tokens_BT, S -> Cache with room for S positions.
+        prefill: copies, tokens_BT, S -> Cache with room for S positions; tokens are what an
+            encoder is fed, if there is one.
         decode: copies, Continuation (donated), Choice, stop_ids, n -> Continuation, n tokens on.
     """
 
@@ -124,7 +126,7 @@ def make_steps(config: Config, mesh: Mesh) -> Steps:
         config, model=decided, mesh=dataclasses.replace(config.mesh, zero_stage=stage)
     )
     model = make_model(config.model)
-    optimizer = make_optimizer(config.optimizer, config.model.norm)
+    optimizer = make_optimizer(config.optimizer, config.model.norm, widths_of(config.model))
     state, dims = abstract_state(config, mesh, model, optimizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -191,7 +193,7 @@ def train(
     dims: Any,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one optimizer step."""
-    gradients = accumulate(model, config, state.params, dims, tokens_ABT1, mask_ABT)
+    gradients = accumulate(model, config, state.params, dims, tokens_ABT1, mask_ABT, state.step)
     stage = config.mesh.zero_stage
     mean = jax.tree.map(
         lambda g, letters: jax.lax.with_sharding_constraint(g, stored_spec(letters, stage)),
@@ -216,7 +218,10 @@ def train(
 def evaluate(
     params: hk.Params, tokens_BT1: jax.Array, *, config: Config, model: Model, dims: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the loss of each token in nats, and whether it is the most likely one."""
+    """Return the loss of each token in nats, and whether it is the most likely one.
+
+    Of padding: 0 and False.
+    """
     spread = config.mesh.zero_stage >= SPREAD
 
     def on_one_replica(weights: Any, tokens_BT1: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -224,6 +229,9 @@ def evaluate(
             lambda weight, letters: Weight(weight, weight, letters, spread), weights, dims
         )
         seen = score(model, params, tokens_BT1)
+        if config.model.encoder_layers:
+            is_valid_BT = examples.weighed(tokens_BT1, None, config.model) > 0
+            return jnp.where(is_valid_BT, seen.loss_BT, 0), seen.correct_BT & is_valid_BT
         return seen.loss_BT, seen.correct_BT
 
     return over_dp(
@@ -246,6 +254,13 @@ def prefill(
     What lies past a prompt's end is junk: beyond the positions that any query sees, and
     overwritten as decoding gets there.
     """
+    if config.model.encoder_layers:
+        sources_BS = shard(tokens_BT, "BT")
+        cache = empty_cache(config.model, sources_BS.shape[0], n_slots, sources_BS)
+        # Whatever the first token makes of it, decoding computes anew; the encoder's part stays.
+        start_BT = jnp.full((sources_BS.shape[0], 1), config.model.pad_id)
+        start = shard(start_BT, "BT"), jnp.zeros((1, 1), jnp.int32)
+        return model.apply(weights, *start, cache, sources_BS=sources_BS)[1]
     cache = empty_cache(config.model, tokens_BT.shape[0], n_slots)
     positions_BT = jnp.arange(tokens_BT.shape[1])[None]
     return model.apply(weights, shard(tokens_BT, "BT"), positions_BT, cache)[1]

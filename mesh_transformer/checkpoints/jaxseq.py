@@ -1,0 +1,132 @@
+"""Checkpoints of JAXSeq: config.json and a stream of weights, by the names of Flax.
+
+    config.json            what the model is, in the words of transformers
+    params.msgpack         its weights, one after the other
+    train_state.msgpack    the same with an optimizer's state, which is not read
+
+Flax's names follow from those of transformers: scale, kernel and embedding instead of weight, and
+every matrix the other way round. Only its LLaMA has names of its own; it turns neighbouring
+features and knows neither shared heads of keys nor another theta.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from mesh_transformer import storage
+from mesh_transformer.checkpoints import flax_files
+from mesh_transformer.checkpoints.families import keys_by
+from mesh_transformer.checkpoints.family import Family, Number, Row, Size, shown
+from mesh_transformer.checkpoints.gpt_families import GPT2, GPTJ, OPT
+from mesh_transformer.checkpoints.huggingface import CONFIG, read_json
+from mesh_transformer.checkpoints.layout import CheckpointError
+from mesh_transformer.checkpoints.llama_families import LLAMA
+from mesh_transformer.checkpoints.named import NamedSource
+from mesh_transformer.config import ModelConfig
+
+FILES = ("params.msgpack", "train_state.msgpack")
+
+_T = "transformer/h/{}/"
+_BLOCK = "layers/block/"
+_LLAMA_ROWS = (
+    Row("transformer/wte/embedding", "embed/embeddings"),
+    Row(_T + "attention_norm/kernel", _BLOCK + "norm/scale"),
+    Row(_T + "attention/wq/kernel", _BLOCK + "attention/q/w", pairs=True),
+    Row(_T + "attention/wk/kernel", _BLOCK + "attention/k/w", pairs=True),
+    Row(_T + "attention/wv/kernel", _BLOCK + "attention/v/w"),
+    Row(_T + "attention/wo/kernel", _BLOCK + "attention/o/w"),
+    Row(_T + "ffn_norm/kernel", _BLOCK + "ff_norm/scale"),
+    Row(_T + "feed_forward/w1/kernel", _BLOCK + "ff/gate/w"),
+    Row(_T + "feed_forward/w3/kernel", _BLOCK + "ff/in/w"),
+    Row(_T + "feed_forward/w2/kernel", _BLOCK + "ff/out/w"),
+    Row("transformer/ln_f/kernel", "final_norm/scale"),
+    Row("lm_head/kernel", "unembed/w"),
+)
+
+
+def _of_flax(row: Row) -> Row:
+    """Return a row of transformers by the name that Flax has for it."""
+    module, _, leaf = row.theirs.replace(".", "/").rpartition("/")
+    if leaf == "weight":
+        kinds = {"embeddings": "embedding", "scale": "scale", "w": "kernel"}
+        leaf = kinds[row.ours.rpartition("/")[2]]
+    turned = leaf == "kernel" and not row.transposed
+    return row._replace(theirs=f"{module}/{leaf}", transposed=turned)
+
+
+def _with_flax_names(family: Family) -> Family:
+    rows = tuple(_of_flax(row) for row in family.rows)
+    return dataclasses.replace(family, rows=rows, constants="(?!)")
+
+
+FAMILIES: tuple[Family, ...] = (
+    *map(_with_flax_names, (GPT2, GPTJ, OPT)),
+    dataclasses.replace(
+        LLAMA,
+        keys=(
+            Size("vocab_size", "n_vocab"),
+            Size("max_sequence_length", "seq"),
+            Size("hidden_size", "d_model"),
+            Size("num_hidden_layers", "layers"),
+            Size("num_attention_heads", "n_heads"),
+            Size("intermediate_size", "d_ff"),
+            Number("rms_norm_eps", "norm_epsilon", 1e-6),
+        ),
+        same={"tie_word_embeddings": False},
+        ours={**LLAMA.ours, "activation": "silu", "ff_bias": False},
+        rows=_LLAMA_ROWS,
+        constants="(?!)",
+    ),
+)
+
+
+def find(path: str) -> str | None:
+    """Name the file that a path means: a folder's, or the file itself; None if there is none."""
+    folder, _, name = path.rpartition("/")
+    if name in FILES and storage.exists(path):
+        return path if storage.exists(storage.join(folder or ".", CONFIG)) else None
+    files = [storage.join(path, name) for name in FILES]
+    if not storage.exists(storage.join(path, CONFIG)):
+        return None
+    return next((file for file in files if storage.exists(file)), None)
+
+
+class JaxSeq(NamedSource):
+    """A file of JAXSeq's, checked against the config.json beside it.
+
+    Raises:
+        CheckpointError: It is damaged, of a model that ours does not compute, or its arrays are not
+            those of its configuration; every difference is listed.
+    """
+
+    def __init__(self, path: str) -> None:
+        where = storage.join(path.rpartition("/")[0] or ".", CONFIG)
+        config = read_json(where)
+        family = next((it for it in FAMILIES if it.model_type == config.get("model_type")), None)
+        if family is None:
+            listed = ", ".join(repr(it.model_type) for it in FAMILIES)
+            raise CheckpointError(
+                f"{where}: model_type is {shown(config, 'model_type')}; of JAXSeq are read {listed}"
+            )
+        known = keys_by(family, config, where)
+        model = ModelConfig(**known)
+        stored = flax_files.read_stream(path)
+        if path.endswith(FILES[1]):
+            stored = {
+                re.sub("^(params/)+", "", name): it
+                for name, it in stored.items()
+                if name.startswith("params/")
+            }
+        what = f"{family.name} of JAXSeq"
+        known |= _padded(config, model)
+        super().__init__(path, what, family, model, known, stored, CONFIG)
+
+
+def _padded(config: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """Say where the padding of a vocabulary begins, which JAXSeq gives no probability."""
+    n_tokens = config.get("unpadded_vocab_size")
+    if type(n_tokens) is not int or not 0 < n_tokens < model.n_vocab:
+        return {}
+    return {"n_tokens": n_tokens}

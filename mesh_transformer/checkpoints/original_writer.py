@@ -1,0 +1,98 @@
+"""Checkpoints of mesh-transformer-jax's first model, written; `original` says what is in them."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mesh_transformer import storage
+from mesh_transformer.checkpoints import npz, roles
+from mesh_transformer.checkpoints.fitting import cast, weights_dtype
+from mesh_transformer.checkpoints.original import Leaf, check_computed, leaves, n_files_of
+from mesh_transformer.checkpoints.source import PARAMS, Source
+from mesh_transformer.config import ModelConfig
+
+_WRITERS = 4  # shards written at a time
+
+
+def write(
+    folder: str,
+    source: Source,
+    model: ModelConfig,
+    *,
+    n_shards: int,
+    dtype: np.dtype[Any] | None,
+    moments: bool,
+    advance: Callable[[int], object],
+) -> None:
+    """Write a step folder as the original would with so many shards.
+
+    Args:
+        folder: There already, and empty.
+        n_shards: Divides heads, vocabulary and feed-forward features.
+        dtype: Of the weights; as in the source if None. Moments are float32.
+        moments: Whether to write the optimizer's state, which `source` then has.
+        advance: Called with the bytes of each array that is written.
+
+    Raises:
+        CheckpointError: The original does not compute such a model.
+    """
+    check_computed(model)
+    listed = leaves(model, moments=moments)
+    paths = [storage.join(folder, f"shard_{shard}") for shard in range(n_shards)]
+    numbers = {"step": source.step}
+    if moments:
+        assert source.counts is not None
+        numbers |= {"adam count": source.counts.adam, "schedule count": source.counts.schedule}
+    begin = 0
+    for i, n in enumerate(n_files_of(len(listed))):
+        archives = [npz.Writer(storage.join(path, f"{i}.npz")) for path in paths]
+        with (
+            contextlib.ExitStack() as opened,
+            concurrent.futures.ThreadPoolExecutor(_WRITERS) as pool,
+        ):
+            for archive in archives:
+                opened.enter_context(archive)
+            for leaf in listed[begin : begin + n]:
+                _write_leaf(leaf, source, numbers, archives, dtype, pool, advance)
+        begin += n
+
+
+def _write_leaf(
+    leaf: Leaf,
+    source: Source,
+    numbers: Mapping[str, int],
+    archives: list[npz.Writer],
+    dtype: np.dtype[Any] | None,
+    pool: concurrent.futures.Executor,
+    advance: Callable[[int], object],
+) -> None:
+    n_shards = len(archives)
+    if leaf.role is None:
+        whole = np.asarray(numbers[leaf.name], np.int32)
+    elif leaf.key is None:
+        weight = leaf.name.startswith(PARAMS)
+        whole = np.zeros(leaf.shape, (dtype or weights_dtype(source)) if weight else np.float32)
+    else:
+        whole = source.read(leaf.key)
+        if dtype is not None and leaf.key.kind == PARAMS:
+            whole = cast(whole, dtype, str(leaf.key))
+    kind = leaf.key.kind if leaf.key else PARAMS
+    axis = None if leaf.role is None else roles.split_axis(leaf.role)
+    if leaf.role is not None and axis is not None:
+        scale = roles.gathered_scale(leaf.role, kind, n_shards)
+        whole = whole if scale == 1 else (whole / scale).astype(whole.dtype)
+        parts = np.split(whole, n_shards, axis)
+    elif leaf.role is not None:
+        parts = [
+            roles.copy_for(leaf.role, kind, leaf.param, whole, shard, n_shards)
+            for shard in range(n_shards)
+        ]
+    else:
+        parts = [whole] * n_shards
+    list(pool.map(lambda archive, part: archive.add(part), archives, parts))
+    advance(whole.nbytes)

@@ -1,0 +1,85 @@
+"""The static SGU and Head-QK are the formulas that they are meant to be, written out in NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import small
+
+from mesh_transformer.model.copying import HeadQK, Pointers, copied
+from mesh_transformer.model.decoder import make_model
+from mesh_transformer.model.mixing import static_sgu
+from mesh_transformer.network import SGU_WIDTH
+
+NORMAL = np.random.default_rng(0).normal
+
+
+def model_config(**keys: Any) -> Any:
+    return small.parsed(**keys).model
+
+
+def test_the_static_sgu_weighs_the_tokens_before_by_distance_in_a_band() -> None:
+    n = SGU_WIDTH + 20
+    y_BSD = NORMAL(size=(2, n, 3)).astype(np.float32)
+    expected = np.zeros_like(y_BSD)
+    for t in range(n):
+        for s in range(max(0, t - 127), t + 1):
+            expected[:, t] += y_BSD[:, s] / (t - s + 2)
+    z_BTD = static_sgu(jnp.asarray(y_BSD), jnp.arange(n)[None])
+    np.testing.assert_allclose(z_BTD, expected, rtol=0, atol=1e-5)
+    # Of a cache, for queries at other positions in each sequence.
+    some_BTD = static_sgu(jnp.asarray(y_BSD), jnp.array([[3], [140]]))
+    np.testing.assert_allclose(some_BTD[:, 0], expected[[0, 1], [3, 140]], rtol=0, atol=1e-5)
+    gradient = jax.grad(lambda y: static_sgu(y, jnp.arange(n)[None]).sum())(jnp.asarray(y_BSD))
+    assert not np.asarray(gradient).any()
+
+
+def test_attention_beside_a_static_sgu_is_half_as_wide() -> None:
+    model = model_config(use_static_sgu=True)
+    shapes = jax.eval_shape(make_model(model).init, jax.random.key(0))
+    attention = "decoder/layers/block/attention/"
+    assert model.d_head == small.KEYS["d_model"] // 2 // small.KEYS["n_heads"]
+    assert shapes[f"{attention}q"]["w"].shape == (2, 16, 16)
+    assert shapes[f"{attention}o"]["w"].shape == (2, 16, 16)
+    assert shapes["decoder/layers/block/ff/in"]["w"].shape == (2, 32, 128)
+
+
+def test_head_qk_adds_its_products_to_the_logits_of_the_tokens_before() -> None:
+    d_model, n_vocab, length = 32, 64, 7
+    x_BTD = NORMAL(size=(2, length, d_model)).astype(np.float32)
+    tokens_BT = jnp.asarray(small.tokens(2, length) % 5)  # some more than once
+    logits_BTV = NORMAL(size=(2, length, n_vocab)).astype(np.float32)
+    cfg = model_config(head_qk_trick=True)
+
+    def add(x: Any, logits: Any) -> Any:
+        pointers, _ = HeadQK(cfg, name="head_qk")(x, tokens_BT, jnp.arange(length)[None], None)
+        return copied(logits, pointers, jnp.float32)
+
+    run = hk.without_apply_rng(hk.transform(add))
+    params = run.init(jax.random.key(0), x_BTD, logits_BTV)
+    np.testing.assert_array_equal(run.apply(params, x_BTD, logits_BTV), logits_BTV)  # at first
+    q_DK, k_DK = params["head_qk/q"]["w"], np.asarray(params["head_qk/k"]["w"])
+    assert q_DK.shape == k_DK.shape == (d_model, 256)
+    np.testing.assert_allclose(k_DK @ k_DK.T, 0.01 * np.eye(d_model), rtol=0, atol=1e-6)
+
+    q_DK, k_DK = (NORMAL(size=k_DK.shape).astype(np.float32) for _ in range(2))
+    given = {"head_qk/q": {"w": q_DK}, "head_qk/k": {"w": k_DK}}
+    expected = logits_BTV.astype(np.float64)
+    for b in range(2):
+        for t in range(length):
+            for s in range(t + 1):
+                product = (x_BTD[b, t] @ q_DK) @ (x_BTD[b, s] @ k_DK) / 256
+                expected[b, t, tokens_BT[b, s]] += product
+    found = run.apply(given, x_BTD, logits_BTV)
+    assert np.abs(expected - logits_BTV).max() > 1
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_token_that_stands_at_two_slots_gets_what_points_at_both() -> None:
+    pointers = Pointers(jnp.array([[[0.5, 2.0]]]), jnp.array([[3, 3]]))
+    logits_BTV = copied(jnp.zeros((1, 1, 8)), pointers, jnp.float32)
+    assert logits_BTV[0, 0].tolist() == [0, 0, 0, 2.5, 0, 0, 0, 0]
