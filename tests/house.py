@@ -35,9 +35,9 @@ ROWS: tuple[tuple[str, ...], ...] = (
         " checkpoints.flax_files checkpoints.jaxseq checkpoints.zero_transformer"
         " checkpoints.gguf_files checkpoints.cerebras checkpoints.placing checkpoints.opening"
         " checkpoints.places checkpoints.conversion checkpoints.averaging checkpoints.deepening",
-        "data data.cleaning data.framing data.documents data.tokenizer data.tokenizer_files"
-        " data.packing data.pairs data.dataset data.tfrecord data.jsonl data.webdataset"
-        " data.encoding data.batches data.prepare",
+        "data data.cleaning data.framing data.documents data.tokenizer data.borders"
+        " data.tokenizer_files data.packing data.pairs data.dataset data.tfrecord data.jsonl"
+        " data.webdataset data.encoding data.batches data.prepare",
     ),
     ("pod", "pod.checks pod.prompts pod.devices pod.worker pod.host"),
     ("pod.machines pod.cluster pod.startup pod.tpu_api pod.tpu_vm pod.slices",),

@@ -17,7 +17,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from mesh_transformer import storage
-from mesh_transformer.data import DataError
+from mesh_transformer.data import DataError, borders
 from mesh_transformer.data.tokenizer import Bytes, Subwords, Tokenizer, byte_alphabet
 
 TEMPERATURE, TOP_P = 0.75, 0.9
@@ -91,7 +91,7 @@ def special_ids(
     """
     ids: dict[str, Any] = {_EOS: tokenizer.eot_id}
     if start_id is None:
-        ids[_BOS] = tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id
+        ids[_BOS] = borders.first_id(tokenizer)
     for name in (_MODEL, _GENERATION):
         said = _beside(tokenizer, name)
         ids |= {key: said[key] for key in _IDS if said.get(key) is not None}
