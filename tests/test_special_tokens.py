@@ -97,10 +97,10 @@ def test_another_beginning_is_another_tokenizer_but_no_text(tmp_path: pathlib.Pa
 def test_documents_in_data_begin_and_end_with_the_tokenizer_s_own(
     about: Any, begin: list[int], tmp_path: pathlib.Path
 ) -> None:
-    """One begin and one end for each, in however many pieces and tasks it comes."""
+    """One begin and one end for each, in however many pieces and tasks; their names are text."""
     same = {"eos_token": "</s>", "bos_token": "</s>", "add_bos_token": True}
     loaded = tokenizer.load(a_folder(tmp_path, same if about == "same" else about))
-    texts = ["one two " * 20, "three", "x" * 99]
+    texts = ["one two " * 20, "<s>three", "x" * 99]
     path = tmp_path / "texts.txt"
     path.write_text("</s>".join(texts[:2]) + "</s></s>" + texts[2])
     pieces = list(documents.read(path, loaded.eot_text, longest=16))
@@ -136,9 +136,9 @@ def test_a_prompt_begins_as_a_document_does(
 ) -> None:
     loaded = tokenizer.load(a_folder(tmp_path, {**BOTH, "add_bos_token": True}))
     model = Echo()
-    for prompt in ("ab", "", "0123456789"):
+    for prompt in ("ab", "", "<s>", "0123456789"):
         list(text.continuation(model, loaded, prompt, Sampling(), max_new_tokens=4, seq=9))
-    assert model.prompts == [[BOS, *b"ab"], [BOS], [BOS, *b"6789"]]
+    assert model.prompts == [[BOS, *b"ab"], [BOS], [BOS, *b"<s>"], [BOS, *b"6789"]]
     assert [it.getMessage() for it in caplog.records if it.levelno == logging.WARNING] == [
         "the prompt has 10 tokens; only its last 4 are used"
     ]
