@@ -198,7 +198,7 @@ def columns(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _columns(dims: Any, dtype: Any, x_BTD: jax.Array, weights: Any) -> tuple[jax.Array, ...]:
     def products(x_BTD: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(jnp.matmul(x_BTD, w, preferred_element_type=dtype) for w in weights)
+        return tuple(product(x_BTD, w, dtype) for w in weights)
 
     out_dims = tuple(f"BT{letters[1]}" for letters in dims)
     return over_mp(products, ("BTD", *dims), out_dims)(x_BTD, *weights)
@@ -212,7 +212,7 @@ def _columns_backward(dims: Any, dtype: Any, factors: Any, gradients: Any) -> tu
     def products(x_BTD: jax.Array, *arrays: jax.Array) -> Any:
         weights, gradients = arrays[: len(dims)], arrays[len(dims) :]
         pairs = zip(gradients, weights, strict=True)
-        return sum_over_mp(sum_of([g @ w.T for g, w in pairs])), tuple(
+        return sum_over_mp(sum_of([product(g, w.T) for g, w in pairs])), tuple(
             _outer(x_BTD, g) for g in gradients
         )
 
@@ -239,7 +239,7 @@ def columns_of_copies(x_MBTD: jax.Array, *weights: tuple[jax.Array, str]) -> tup
     """Multiply copies, as `columns` does what they are copies of, but without communication."""
 
     def products(x_MBTD: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(x_MBTD[0] @ w for w in weights)
+        return tuple(product(x_MBTD[0], w) for w in weights)
 
     dims = tuple(letters for _, letters in weights)
     out_dims = tuple(f"BT{letters[1]}" for letters in dims)
@@ -263,7 +263,7 @@ def rows(*factors: tuple[jax.Array, jax.Array, str]) -> jax.Array:
 def _rows(dims: Any, inputs: Any, weights: Any) -> jax.Array:
     def products(*arrays: jax.Array) -> jax.Array:
         pairs = zip(arrays[: len(dims)], arrays[len(dims) :], strict=True)
-        return sum_over_mp(sum_of([x @ w for x, w in pairs]))
+        return sum_over_mp(sum_of([product(x, w) for x, w in pairs]))
 
     in_dims = (*(f"BT{letters[0]}" for letters in dims), *dims)
     return over_mp(products, in_dims, "BTD")(*inputs, *weights)
@@ -272,7 +272,7 @@ def _rows(dims: Any, inputs: Any, weights: Any) -> jax.Array:
 def _rows_backward(dims: Any, factors: Any, g_BTD: jax.Array) -> tuple[Any, Any]:
     def products(g_BTD: jax.Array, *arrays: jax.Array) -> Any:
         inputs, weights = arrays[: len(dims)], arrays[len(dims) :]
-        return tuple(g_BTD @ w.T for w in weights), tuple(_outer(x, g_BTD) for x in inputs)
+        return tuple(product(g_BTD, w.T) for w in weights), tuple(_outer(x, g_BTD) for x in inputs)
 
     input_dims = tuple(f"BT{letters[0]}" for letters in dims)
     in_dims = ("BTD", *input_dims, *dims)
@@ -293,7 +293,26 @@ def _outer(x: jax.Array, gradient: jax.Array) -> jax.Array:
     a transposed copy, a tenth of a training step.
     """
     x, gradient = (array.reshape(-1, array.shape[-1]) for array in (x, gradient))
-    return x.T @ gradient
+    return product(x.T, gradient)
+
+
+def product(left: jax.Array, right: jax.Array, dtype: Any = None) -> jax.Array:
+    """Multiply matrices; `dtype` of the result, the factors' if None.
+
+    On CPUs 16-bit factors make a float32 product, which is rounded: it is what XLA has kernels for
+    that use the processor's matrix instructions; others are many times slower.
+    """
+    dtype = dtype or left.dtype
+
+    def rounded(left: jax.Array, right: jax.Array) -> jax.Array:
+        return jnp.matmul(left, right, preferred_element_type=jnp.float32).astype(dtype)
+
+    def direct(left: jax.Array, right: jax.Array) -> jax.Array:
+        return jnp.matmul(left, right, preferred_element_type=dtype)
+
+    if dtype == jnp.float32:
+        return direct(left, right)
+    return jax.lax.platform_dependent(left, right, cpu=rounded, default=direct)
 
 
 def sum_of(terms: Sequence[jax.Array]) -> jax.Array:
