@@ -6,7 +6,8 @@ from __future__ import annotations
 # Names that no file has yet are places kept free.
 ROWS: tuple[tuple[str, ...], ...] = (
     (
-        "errors schema relations encoder_rules network_rules rules sections network config",
+        "errors schema relations encoder_rules position_rules network_rules rules sections network"
+        " config",
         "session",
         "records",
     ),

@@ -13,7 +13,7 @@ import optax
 import pytest
 import small
 
-from mesh_transformer import network, network_rules
+from mesh_transformer import network, position_rules
 from mesh_transformer.checkpoints.family import ACTIVATIONS as BY_THEIR_NAMES
 from mesh_transformer.model.block import ACTIVATIONS
 from mesh_transformer.model.positions import rotary_frequencies
@@ -43,7 +43,7 @@ FORMULAS: dict[str, Callable[[float], float]] = {
 def test_no_activation_and_no_stretching_of_positions_is_left_out_of_these_tests() -> None:
     assert set(FORMULAS) == set(get_args(network.Activation)) == set(ACTIVATIONS)
     assert set(BY_THEIR_NAMES.values()) == set(FORMULAS)
-    assert set(FREQUENCIES) == set(network_rules.SCALING_FACTORS)
+    assert set(FREQUENCIES) == set(position_rules.SCALING_FACTORS)
 
 
 @pytest.mark.parametrize("name", FORMULAS)

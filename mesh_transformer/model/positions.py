@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.position_rules import YARN_TURNS
 from mesh_transformer.sharding import shard
 
 
@@ -105,8 +106,9 @@ def _kept_by_yarn(
     def pair_that_turns(times: float) -> float:
         return n_rotated * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-    first = max(math.floor(pair_that_turns(factors.get("beta_fast", 32))), 0)
-    last = min(math.ceil(pair_that_turns(factors.get("beta_slow", 1))), n_rotated - 1)
+    turns = {**YARN_TURNS, **factors}
+    first = max(math.floor(pair_that_turns(turns["beta_fast"])), 0)
+    last = min(math.ceil(pair_that_turns(turns["beta_slow"])), n_rotated - 1)
     ramp_R = (np.arange(n_rotated // 2) - first) / max(last - first, 1e-3)
     return 1 - np.clip(ramp_R, 0, 1)
 
