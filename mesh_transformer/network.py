@@ -150,3 +150,13 @@ class ModelConfig(Section):
     dropout_residual: Rate = 0.0
     use_static_sgu: bool = False
     head_qk_trick: bool = False
+
+    @property
+    def d_mixed(self) -> int:
+        """Features that a static SGU mixes: the first half; without one 0."""
+        return self.d_model // 2 if self.use_static_sgu else 0
+
+    @property
+    def d_attended(self) -> int:
+        """Features that attention reads and writes: those that are not mixed."""
+        return self.d_model - self.d_mixed

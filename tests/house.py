@@ -16,8 +16,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
         "buckets storage noise_scale throughput progress trackers metrics_file metrics plot",
     ),
     (
-        "model model.positions model.dropout model.attention model.mup model.layers model.mixing"
-        " model.block model.copying model.weights model.loss model.sampling",
+        "model model.mup model.initial model.positions model.dropout model.attention model.layers"
+        " model.mixing model.block model.copying model.weights model.loss model.sampling",
     ),
     ("model.encoder model.decoder",),
     (

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.model import initial
 from mesh_transformer.position_rules import YARN_TURNS
 from mesh_transformer.sharding import shard
 
@@ -173,7 +174,7 @@ class LearnedPositions(hk.Module):
         table_TD = hk.get_parameter(
             "embeddings",
             [cfg.seq + cfg.pe_offset, cfg.d_model],
-            init=hk.initializers.TruncatedNormal(stddev=0.02),
+            init=hk.initializers.TruncatedNormal(stddev=initial.POSITIONS),
         )
         return table_TD[positions_BT + cfg.pe_offset]
 
@@ -196,7 +197,7 @@ class RelativePositions(hk.Module):
         table_HR = hk.get_parameter(
             "embeddings",
             [cfg.n_heads, cfg.pe_buckets],
-            init=hk.initializers.TruncatedNormal(stddev=0.02),
+            init=hk.initializers.TruncatedNormal(stddev=initial.POSITIONS),
         )
         behind_BTS = positions_BT[:, :, None] - slots_S
         n_buckets = cfg.pe_buckets // 2 if self.both_ways else cfg.pe_buckets
