@@ -54,13 +54,13 @@ def normed(x_TD: np.ndarray, norm: Any) -> np.ndarray:
 
 
 def attended(y_TD: np.ndarray, block: dict[str, Any], n_heads: int) -> np.ndarray:
-    q_THK, k_THK, v_THK = (
+    q_THK, k_SHK, v_SHK = (
         (y_TD @ block[f"attention/{it}"]["w"]).reshape(len(y_TD), n_heads, -1) for it in "qkv"
     )
-    logits_HTS = np.einsum("thk,shk->hts", q_THK, k_THK) / np.sqrt(q_THK.shape[-1])
+    logits_HTS = np.einsum("thk,shk->hts", q_THK, k_SHK) / np.sqrt(q_THK.shape[-1])
     weights_HTS = np.exp(np.where(np.tri(len(y_TD), dtype=bool), logits_HTS, -np.inf))
     weights_HTS /= weights_HTS.sum(-1, keepdims=True)
-    y_THK = np.einsum("hts,shk->thk", weights_HTS, v_THK)
+    y_THK = np.einsum("hts,shk->thk", weights_HTS, v_SHK)
     return y_THK.reshape(len(y_TD), -1) @ block["attention/o"]["w"]
 
 
