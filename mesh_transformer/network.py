@@ -56,7 +56,8 @@ class ModelConfig(Section):
         pe_rotary_dims: Features of each head that rotary positions turn. Left out: all.
         pe_theta: Base of their wavelengths.
         pe_scaling: How they are stretched beyond the length they were trained with.
-        pe_scaling_factors: By how much, in the words of Hugging Face's `rope_scaling`.
+        pe_scaling_factors: By how much, in the words of Hugging Face's `rope_scaling`: those that
+            `position_rules` lists for each.
         pe_offset: Rows of the "fixed" table before that of the first position.
         pe_buckets: Of "t5": biases of a head. An encoder uses half of them for either direction.
         pe_max_distance: Of "t5": from where on all distances share one.
