@@ -6,6 +6,10 @@
 Its one decoder is configured as GPT-J, GPT-NeoX, GPT-2 or LLaMA, and arrays have the same names in
 all. It turns neighbouring features; what it has converted from GPT-NeoX and LLaMA has queries and
 keys in that order, so that all but GPT-J's go back to halves here, as transformers has them.
+
+Of muP, what it computes is read: the scales of embeddings, of the products of queries and keys, and
+of logits. The base's sizes say beside that how a model was trained, which is told by the
+configuration that trains on: see docs/howto_mup.md.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import yaml
 
 from mesh_transformer import storage
@@ -37,6 +42,7 @@ from mesh_transformer.checkpoints.family import (
 )
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.named import NamedSource, Stored
+from mesh_transformer.checkpoints.source import Key
 from mesh_transformer.config import ModelConfig
 
 _STEP = re.compile(r"(?:checkpoint_)?(\d+)\.mdl")
@@ -90,8 +96,8 @@ def _read_positions(config: Json, keys: Json) -> Json:
     given: dict[str, Any] = {
         "pe": "rotary" if keys.get("residual") == "parallel" else "rotary-half"
     }
-    if config.get("rotary_dim") is not None:
-        given["pe_rotary_dims"] = Size("rotary_dim", "").read(config, keys)[""]
+    # Left out, some releases turned all features and others a quarter of them.
+    given["pe_rotary_dims"] = Size("rotary_dim", "").read(config, keys)[""]
     return {**given, "pe_theta": number(config, "rope_theta", 10_000.0)}
 
 
@@ -112,6 +118,57 @@ def _read_kv_heads(config: Json, keys: Json) -> Json:
             "aiayn_attention, multiquery_attention with extra_attention_params"
         )
     return dict(Size("num_kv_groups", "n_kv_heads").read(extra, keys))
+
+
+def _width(config: Json) -> float:
+    """Return how many times as wide as muP's base a model is; 0 if there is no base."""
+    sizes = {"mup_base_hidden_size": "hidden_size", "mup_base_filter_size": "filter_size"}
+    given = [key for key in sizes if config.get(key) is not None]
+    if not given:
+        return 0.0
+    if len(given) < len(sizes):
+        (lacking,) = sizes.keys() - {*given}
+        raise ValueError(f"{given[0]} is given without {lacking}, which muP needs as well")
+    return [number(config, theirs, 0) / number(config, key, 0) for key, theirs in sizes.items()][0]
+
+
+def _alpha(config: Json, key: str) -> float:
+    return 1.0 if config.get(key) is None else number(config, key, 1.0)
+
+
+def _flag(config: Json, key: str, default: bool) -> bool:
+    given = {} if config.get(key) is None else config
+    return bool(Choice(key, key, BOOLEAN, default).read(given, {})[key])
+
+
+def _read_attention_scale(config: Json, keys: Json) -> Json:
+    alpha = _alpha(config, "attention_logits_alpha")
+    by_d = _flag(config, "scale_qk_dot_by_d", bool(config.get("mup_base_hidden_size")))
+    if (alpha == 1 and not by_d) or not {"d_model", "n_heads"} <= keys.keys():
+        return {}
+    d_head = keys["d_model"] / keys["n_heads"]
+    return {"attention_scale": alpha / (d_head if by_d else d_head**0.5)}
+
+
+def _read_output_scale(config: Json, keys: Json) -> Json:
+    width, alpha = _width(config), _alpha(config, "output_logits_alpha")
+    by_d = _flag(config, "scale_output_logits_by_d", True)
+    old = config.get("output_logits_scale")  # of releases before 2.3, which named no base
+    if width and old is None:
+        return {"output_scale": alpha / (width if by_d else width**0.5)}
+    if width:
+        raise ValueError(
+            "output_logits_scale and mup_base_hidden_size are both given, of which the logits have "
+            "but one; take out the other"
+        )
+    if alpha != 1 or not by_d:
+        key = "output_logits_alpha" if alpha != 1 else "scale_output_logits_by_d"
+        raise ValueError(f"{key} is {shown(config, key)}, which needs a mup_base_hidden_size")
+    return {} if old is None else {"output_scale": number(config, "output_logits_scale", 1.0)}
+
+
+def _read_embed_scale(config: Json, keys: Json) -> Json:
+    return {"embed_scale": _alpha(config, "embeddings_scale")}
 
 
 def _only_read(model: ModelConfig) -> Json:
@@ -138,13 +195,15 @@ _FAMILY = Family(
         Derived("pe pe_rotary_dims pe_theta", _read_positions, _only_read),
         Derived("activation gated", _read_activation, _only_read),
         Derived("n_kv_heads", _read_kv_heads, _only_read),
+        Derived("attention_scale", _read_attention_scale, _only_read),
+        Derived("output_scale", _read_output_scale, _only_read),
+        Derived("embed_scale", _read_embed_scale, _only_read),
     ),
     same={
         **{"attention_type": "scaled_dot_product", "norm_first": True, "moe_params": None},
         **{"embedding_layer_norm": False, "fixed_sparse_attention": None},
         **{"attention_sliding_window_length": None, "pos_scaling_factor": 1.0},
-        **{"output_logits_scale": None, "output_logits_alpha": None, "embeddings_scale": 1.0},
-        **{"scale_qk_dot_by_d": False, "attention_logits_alpha": 1.0},
+        **{"position_embedding_offset": 0, "scale_qk_dot_by_layer_idx": False},
     },
     ours={"embed_bias": False},
     rows=_rows(pairs=True),
@@ -189,6 +248,18 @@ class Cerebras(NamedSource):
         what = f"state of a {family.name}"
         super().__init__(path, what, family, ModelConfig(**known), known, stored, where)
         self.step = max(_step(path.rpartition("/")[2]), 0)
+        self._scales = {
+            "decoder/positions/embeddings": known["embed_scale"],
+            "decoder/unembed/b": known["output_scale"],
+        }
+
+    def read(self, key: Key) -> np.ndarray:
+        """Read one array, scaled if Cerebras scales it with another and we do not.
+
+        It scales embeddings once positions are added to them, and logits once their bias is.
+        """
+        array, scale = super().read(key), self._scales.get(key.path, 1.0)
+        return array if scale == 1 else (array.astype(np.float32) * scale).astype(array.dtype)
 
 
 def _plain(name: str) -> str:
