@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -14,6 +15,8 @@ from object_stores import Gateway
 
 from mesh_transformer import buckets
 
+# Before PyTorch starts: its threads would spin while other tests' want the same cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
