@@ -31,7 +31,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
         " checkpoints.original_run checkpoints.fused"
         " checkpoints.safetensors checkpoints.pytorch checkpoints.family checkpoints.family_keys"
         " checkpoints.gpt_families checkpoints.llama_families checkpoints.t5_family"
-        " checkpoints.families checkpoints.tensors checkpoints.named checkpoints.huggingface"
+        " checkpoints.families checkpoints.tensors checkpoints.named checkpoints.renaming"
+        " checkpoints.huggingface"
         " checkpoints.flax_files checkpoints.jaxseq checkpoints.zero_transformer"
         " checkpoints.gguf_files checkpoints.cerebras checkpoints.placing checkpoints.opening"
         " checkpoints.places checkpoints.conversion checkpoints.averaging checkpoints.deepening",

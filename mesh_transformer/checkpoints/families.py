@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,6 +96,8 @@ def config_json(
     *,
     eot_id: int | None = None,
     bos_id: int | None = None,
+    families: Sequence[Family] = FAMILIES,
+    program: str = "transformers",
 ) -> dict[str, Any]:
     """Describe a model as `transformers` does.
 
@@ -104,19 +106,12 @@ def config_json(
         eot_id: The token that ends a text, and begins one if no other does. None takes the
             published models', if it is in the vocabulary.
         bos_id: Another token that begins a text.
+        families, program: As for `described`.
 
     Raises:
-        CheckpointError: No family computes what this model does; every reason is listed, of the
-            family that comes closest.
+        CheckpointError: As of `described`.
     """
-    tried = [_written(family, model) for family in FAMILIES]
-    family, keys, problems = min(tried, key=lambda it: len(it.problems))
-    if problems:
-        heading = (
-            "the model cannot be written for transformers, which has no class that computes it; "
-            f"{family.name} comes closest:"
-        )
-        raise CheckpointError("\n  - ".join([heading, *problems]))
+    family, keys = described(model, families, program)
     begin_id = family.begin_id if eot_id is None or family.begin_id is None else eot_id
     begin_id = begin_id if bos_id is None else bos_id
     eot_id = family.eot_id if eot_id is None else eot_id
@@ -131,6 +126,31 @@ def config_json(
     }
     same = {key: value for key, value in family.same.items() if value is not None}
     return dict(sorted({**config, **family.also, **keys, **same}.items()))
+
+
+def described(
+    model: ModelConfig, families: Sequence[Family] = FAMILIES, program: str = "transformers"
+) -> tuple[Family, Json]:
+    """Say which family computes a model, the first if several do, and describe it in its words.
+
+    Args:
+        families: Those that there are.
+        program: Whose they are, for messages.
+
+    Raises:
+        CheckpointError: None computes what this model does; every reason is listed, of the family
+            that comes closest.
+    """
+    tried = [_written(family, model) for family in families]
+    family, keys, problems = min(tried, key=lambda it: len(it.problems))
+    if problems:
+        closest = f"; {family.name} comes closest" if len(families) > 1 else ""
+        heading = (
+            f"the model cannot be written for {program}, which has no class that computes it"
+            f"{closest}:"
+        )
+        raise CheckpointError("\n  - ".join([heading, *problems]))
+    return family, keys
 
 
 class _Written(NamedTuple):
