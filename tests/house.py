@@ -32,8 +32,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
         " checkpoints.safetensors checkpoints.pytorch checkpoints.family checkpoints.family_keys"
         " checkpoints.gpt_families checkpoints.llama_families checkpoints.t5_family"
         " checkpoints.families checkpoints.tensors checkpoints.named checkpoints.renaming"
-        " checkpoints.huggingface"
-        " checkpoints.flax_files checkpoints.jaxseq checkpoints.zero_transformer"
+        " checkpoints.huggingface checkpoints.flax_files checkpoints.flax_writer"
+        " checkpoints.jaxseq checkpoints.zero_transformer"
         " checkpoints.gguf_files checkpoints.cerebras checkpoints.placing checkpoints.opening"
         " checkpoints.places checkpoints.conversion checkpoints.averaging checkpoints.deepening",
         "data data.cleaning data.framing data.documents data.tokenizer data.tokenizer_files"
