@@ -33,9 +33,10 @@ ROWS: tuple[tuple[str, ...], ...] = (
         " checkpoints.gpt_families checkpoints.llama_families checkpoints.t5_family"
         " checkpoints.families checkpoints.tensors checkpoints.named checkpoints.renaming"
         " checkpoints.huggingface checkpoints.flax_files checkpoints.flax_writer"
-        " checkpoints.jaxseq checkpoints.zero_transformer"
-        " checkpoints.gguf_files checkpoints.cerebras checkpoints.placing checkpoints.opening"
-        " checkpoints.places checkpoints.conversion checkpoints.averaging checkpoints.deepening",
+        " checkpoints.jaxseq checkpoints.zero_transformer checkpoints.zero_writer"
+        " checkpoints.gguf_files checkpoints.cerebras checkpoints.foreign checkpoints.placing"
+        " checkpoints.opening checkpoints.places checkpoints.conversion checkpoints.averaging"
+        " checkpoints.deepening",
         "data data.cleaning data.framing data.documents data.tokenizer data.tokenizer_files"
         " data.packing data.pairs data.dataset data.tfrecord data.jsonl data.webdataset"
         " data.encoding data.batches data.prepare",
