@@ -33,6 +33,15 @@ MUP: dict[str, Any] = {
 """The keys of muP, as they are in the standard parametrisation. They say how a model is trained;
 what it computes `attention_scale` and `output_scale` say, which follow from them."""
 
+FREE = frozenset({
+    *("n_tokens", "compute_dtype", "remat", "unroll", "attention", "z_loss", *MUP),
+    *("dropout_embedding", "dropout_attention", "dropout_residual"),
+})  # fmt: skip
+"""Keys that say how a model is computed, trained and sampled. All others say which function its
+weights are the weights of."""
+LENGTHS = frozenset({"seq", "encoder_seq"})
+"""But how much it is fed at most: of two checkpoints of one model these may differ."""
+
 
 def _d_head(d_model: int, n_heads: int, use_static_sgu: bool = False) -> int:
     if use_static_sgu:
@@ -149,7 +158,8 @@ def unlike(theirs: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
         except ValueError as error:
             problems.append(str(error))
             continue
-        if values[key] not in allowed:
+        # Of None: what it would follow from is unsound, and reported as such.
+        if values[key] not in allowed and allowed != (None,):
             there = " or ".join(map(shown, allowed))
             problems.append(f"{key} is {shown(values[key])}, {there} in mesh-transformer-jax")
     return problems

@@ -34,7 +34,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
         " checkpoints.families checkpoints.tensors checkpoints.named checkpoints.renaming"
         " checkpoints.huggingface checkpoints.flax_files checkpoints.flax_writer"
         " checkpoints.jaxseq checkpoints.zero_transformer checkpoints.zero_writer"
-        " checkpoints.gguf_files checkpoints.cerebras checkpoints.foreign checkpoints.placing"
+        " checkpoints.gguf_files checkpoints.cerebras_family checkpoints.cerebras"
+        " checkpoints.cerebras_writer checkpoints.foreign checkpoints.placing"
         " checkpoints.opening checkpoints.places checkpoints.conversion checkpoints.averaging"
         " checkpoints.deepening",
         "data data.cleaning data.framing data.documents data.tokenizer data.tokenizer_files"

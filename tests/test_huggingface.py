@@ -16,7 +16,7 @@ from memory_source import MemorySource
 
 from mesh_transformer import config
 from mesh_transformer.checkpoints import huggingface, pytorch, safetensors
-from mesh_transformer.checkpoints.families import FREE, config_json, config_keys
+from mesh_transformer.checkpoints.families import config_json, config_keys
 from mesh_transformer.checkpoints.family import ACTIVATIONS
 from mesh_transformer.checkpoints.fitting import model_arrays
 from mesh_transformer.checkpoints.huggingface import HuggingFace, is_huggingface
@@ -25,6 +25,7 @@ from mesh_transformer.checkpoints.npz import BFLOAT16
 from mesh_transformer.checkpoints.source import PARAMS, Array, Key
 from mesh_transformer.checkpoints.tensors import transposed
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.network_rules import FREE
 
 ROOT = pathlib.Path(__file__).parent.parent
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16), BFLOAT16]

@@ -11,6 +11,7 @@ import numpy as np
 
 from mesh_transformer import network_rules, storage
 from mesh_transformer.checkpoints import (
+    families,
     huggingface,
     native_writer,
     original,
@@ -20,12 +21,16 @@ from mesh_transformer.checkpoints import (
     retention,
 )
 from mesh_transformer.checkpoints.fitting import WithVocabulary, fitted, n_bytes, weights_dtype
+from mesh_transformer.checkpoints.foreign import FOREIGN
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.npz import BFLOAT16
 from mesh_transformer.checkpoints.places import GIGABYTE
 from mesh_transformer.checkpoints.source import Source
 from mesh_transformer.config import Config
 
+Format = Literal[
+    "native", "original", "slim", "hf", "jaxseq", "zero", "zero-torch", "cerebras"
+]  # fmt: skip
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
 
 _logger = logging.getLogger(__name__)
@@ -37,7 +42,7 @@ class Conversion:
 
     Attributes:
         format: "native"; "original", with optimizer state if there is any; "slim", the same without
-            it and in bfloat16; "hf".
+            it and in bfloat16; "hf"; or one of other programs' (`foreign`).
         n_shards: Of "original" and "slim".
         dtype: Of the weights: a key of `DTYPES`. None leaves them as they are, and makes float32
             ones bfloat16 in "slim".
@@ -45,7 +50,7 @@ class Conversion:
         file_gb: Gigabytes in each file of "hf", at most.
     """
 
-    format: Literal["native", "original", "slim", "hf"]
+    format: Format
     n_shards: int = 1
     dtype: str | None = None
     n_vocab: int | None = None
@@ -71,7 +76,7 @@ def plan(source: Source, what: Conversion) -> Plan:
     dtype = DTYPES[what.dtype] if what.dtype else None
     if what.format == "slim" and dtype is None and weights_dtype(source) == np.float32:
         dtype = BFLOAT16
-    if what.format == "hf":
+    if what.format == "hf" or what.format in FOREIGN:
         dtype = dtype or weights_dtype(source)
     moments = what.format in ("native", "original") and source.counts is not None
     return Plan(dtype, moments, n_bytes(source, dtype, moments=moments))
@@ -122,9 +127,11 @@ def convert(
             native_writer.write(
                 step, source, extra=extra, dtype=dtype, moments=moments, advance=advance
             )
+        elif what.format in FOREIGN:
+            FOREIGN[what.format].write(folder, source, model, dtype=dtype, advance=advance)
         elif what.format == "hf":
+            assert dtype is not None, "the plan says it"
             shown: Any = {"shard_bytes": int(what.file_gb * GIGABYTE), "advance": advance}
-            dtype = dtype or weights_dtype(source)
             ids: Any = {"eot_id": eot_id, "bos_id": bos_id}
             huggingface.write(folder, source, model, dtype=dtype, **ids, **shown)
             write_tokenizer(folder)
@@ -142,18 +149,23 @@ def _check(what: Conversion, config: Config, output: str, source: Source) -> Non
     if what.format == "native":
         retention.check_kept(output)
     if what.format == "hf":
-        _check_padding(what, config)
+        families.described(config.model)
+        _check_padding(what, config, "transformers")
+    if (foreign := FOREIGN.get(what.format)) is not None:
+        foreign.check(config.model)
+        if not foreign.knows_padding:
+            _check_padding(what, config, foreign.program)
     places.check_apart(output, source)
     _check_shards(what, config)
 
 
-def _check_padding(what: Conversion, config: Config) -> None:
+def _check_padding(what: Conversion, config: Config, program: str) -> None:
     """Refuse to give rows that pad a vocabulary a probability, unless they are asked for."""
     model = config.model
     if model.head_bias or model.n_tokens >= model.n_vocab:
         return
     rows = f"rows {model.n_tokens} to {model.n_vocab - 1} of the vocabulary are padding (n_tokens)"
-    effect = "which transformers cannot know: they have logit 0 there and so a probability"
+    effect = f"which {program} cannot know: they have logit 0 there and so a probability"
     if what.n_vocab is None:
         raise CheckpointError(
             f"{rows}, {effect}; cut them off with --n-vocab {model.n_tokens}, or keep them with "

@@ -18,19 +18,13 @@ from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.llama_families import GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3
 from mesh_transformer.checkpoints.t5_family import T5
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.network_rules import MUP
+from mesh_transformer.network_rules import FREE, MUP
 from mesh_transformer.schema import ConfigError
 
 FAMILIES = (GPTJ, GPT2, GPT_NEO, GPT_NEOX, OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, T5)
 """A model is written as the first of them that computes it."""
 
 _ALWAYS_SAME = {"quantization_config": None}
-
-FREE = {"n_tokens", "compute_dtype", "remat", "unroll", "attention", "z_loss", *MUP} | {
-    *("dropout_embedding", "dropout_attention", "dropout_residual"),
-}
-"""Keys of our configuration that say how a model is computed, trained and sampled, not which it is.
-"""
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mesh_transformer.checkpoints import cerebras, jaxseq, zero_writer
+from mesh_transformer.checkpoints import cerebras_writer, jaxseq, zero_writer
 from mesh_transformer.config import ModelConfig
 
 
@@ -29,5 +29,5 @@ FOREIGN = {
     "jaxseq": Foreign("JAXSeq", jaxseq.check, jaxseq.write, knows_padding=True),
     "zero": Foreign("ZeRO-transformer", zero_writer.check, zero_writer.write_flax),
     "zero-torch": Foreign("ZeRO-transformer", zero_writer.check_torch, zero_writer.write_torch),
-    "cerebras": Foreign("Cerebras's model zoo", cerebras.check, cerebras.write),
+    "cerebras": Foreign("Cerebras's model zoo", cerebras_writer.check, cerebras_writer.write),
 }
