@@ -10,10 +10,13 @@ from typing import Any
 import named_arrays
 import numpy as np
 import pytest
+import small
 import source_logits
 
-from mesh_transformer.checkpoints import opening, original_writer
+from mesh_transformer.checkpoints import conversion, opening
+from mesh_transformer.checkpoints.conversion import Conversion
 from mesh_transformer.checkpoints.layout import CheckpointError
+from mesh_transformer.checkpoints.source import Key
 from mesh_transformer.config import ModelConfig
 
 D, VOCAB, SEQ, LAYERS, SHARDS = 32, 48, 16, 11, 2  # layer 10 comes before layer 2
@@ -128,14 +131,20 @@ def model_of(kind: str, source: Any) -> ModelConfig:
     return dataclasses.replace(model, pe_offset=0) if kind.startswith("opt") else model
 
 
+def expected_arrays(kind: str, source: Any) -> dict[Key, np.ndarray]:
+    return {
+        key: value[2:] if kind.startswith("opt") and "positions" in key.path else value
+        for key, value in source.contents.items()
+    }
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_its_other_models_are_read(kind: str, tmp_path: Path) -> None:
     folder, expected, model = write(tmp_path / "step_3", kind)
     source = opening.open_source(opening.find(str(folder)), model)
     assert source.about.endswith("2 shard(s), float32, without optimizer state, step 3")
-    for key, value in expected.contents.items():
-        wanted = value[2:] if kind.startswith("opt") and "positions" in key.path else value
-        np.testing.assert_array_equal(source.read(key), wanted, err_msg=str(key))
+    for key, value in expected_arrays(kind, expected).items():
+        np.testing.assert_array_equal(source.read(key), value, err_msg=str(key))
     opening.verify(opening.find(str(folder)), source, lambda n_bytes: None)
     tokens_BT = np.random.default_rng(0).integers(0, VOCAB, (1, SEQ))
     assert np.isfinite(source_logits.logits(source, model, tokens_BT)).all()
@@ -155,11 +164,44 @@ def test_another_model_s_configuration_is_refused(tmp_path: Path) -> None:
         opening.open_source(found, wide)
 
 
-def test_they_are_not_written(tmp_path: Path) -> None:
-    source, _ = named_arrays.of_config(CONFIGS["neo"])
-    model = ModelConfig(**source.known)
-    with pytest.raises(CheckpointError, match="has no checkpoints of such a model"):
-        original_writer.write(
-            str(tmp_path), source, model, n_shards=1, dtype=None, moments=False,
-            advance=lambda n_bytes: None,
-        )  # fmt: skip
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_its_other_models_are_written_as_its_converters_make_them(
+    kind: str, tmp_path: Path
+) -> None:
+    expected, source, model = write(tmp_path / "theirs", kind)
+    with_offset = ModelConfig(**source.known)
+    source.step = 3
+    what = Conversion(format="original", n_shards=SHARDS)
+    config = dataclasses.replace(small.parsed(), model=with_offset)
+    conversion.convert(source, config, str(tmp_path / "step_3"), what, position={})
+    files = sorted(path.relative_to(expected) for path in expected.rglob("*.npz"))
+    assert len(files) == 16 * SHARDS
+    for path in files:
+        theirs, ours = np.load(expected / path), np.load(tmp_path / "step_3" / path)
+        assert theirs.files == ours.files
+        for name in theirs.files:
+            if not np.isnan(theirs[name]).any():  # of copies that are never used
+                np.testing.assert_array_equal(ours[name], theirs[name], err_msg=f"{path}/{name}")
+    found = opening.open_source(opening.find(str(tmp_path / "step_3")), model)
+    for key, value in expected_arrays(kind, source).items():
+        np.testing.assert_array_equal(found.read(key), value)
+
+
+def test_what_neither_it_nor_the_original_has_is_not_written(tmp_path: Path) -> None:
+    source, _ = named_arrays.of_config(CONFIGS["neox"])
+    model = dataclasses.replace(ModelConfig(**source.known), norm_epsilon=1e-6, pe_theta=5e5)
+    config = dataclasses.replace(small.parsed(), model=model)
+    target = tmp_path / "step_3"
+    with pytest.raises(CheckpointError) as error:
+        conversion.convert(source, config, str(target), Conversion(format="slim"), position={})
+    assert str(error.value).splitlines() == [
+        "mesh-transformer-jax has no checkpoints of such a model:",
+        "  - norm_epsilon is 1e-06, 1e-05 in mesh-transformer-jax",
+        "  - pe_theta is 500000.0, 10000.0 in mesh-transformer-jax",
+    ]
+    source, _ = named_arrays.of_config(CONFIGS["opt, as 350m"] | {"word_embed_proj_dim": 15})
+    config = dataclasses.replace(config, model=ModelConfig(**source.known))
+    what = Conversion(format="slim", n_shards=2)
+    with pytest.raises(CheckpointError, match="2 shards do not divide d_embed 15"):
+        conversion.convert(source, config, str(target), what, position={})
+    assert not any(tmp_path.iterdir())

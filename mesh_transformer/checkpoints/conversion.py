@@ -20,7 +20,13 @@ from mesh_transformer.checkpoints import (
     places,
     retention,
 )
-from mesh_transformer.checkpoints.fitting import WithVocabulary, fitted, n_bytes, weights_dtype
+from mesh_transformer.checkpoints.fitting import (
+    WithVocabulary,
+    fitted,
+    n_bytes,
+    weights_dtype,
+    without_offset,
+)
 from mesh_transformer.checkpoints.foreign import FOREIGN
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.npz import BFLOAT16
@@ -31,6 +37,7 @@ from mesh_transformer.config import Config
 Format = Literal[
     "native", "original", "slim", "hf", "jaxseq", "zero", "zero-torch", "cerebras"
 ]  # fmt: skip
+_SHARDED = ("original", "slim")
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
 
 _logger = logging.getLogger(__name__)
@@ -115,6 +122,9 @@ def convert(
         model = dataclasses.replace(config.model, n_vocab=what.n_vocab)
         config = dataclasses.replace(config, model=model)
         source = WithVocabulary(source, what.n_vocab)
+    if what.format in _SHARDED and config.model.pe_offset:
+        source = without_offset(source, config.model.pe_offset)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, pe_offset=0))
     _check(what, config, output, source)
     source, model = fitted(source, config.model), config.model
     dtype, moments, total = plan(source, what)
@@ -138,7 +148,7 @@ def convert(
         else:
             shared: Any = {"n_shards": what.n_shards, "dtype": dtype, "moments": moments}
             original_writer.write(folder, source, model, advance=advance, **shared)
-    if what.format in ("original", "slim"):
+    if what.format in _SHARDED:
         original_run.enlist(output, source.step)
 
 
@@ -176,7 +186,7 @@ def _check_padding(what: Conversion, config: Config, program: str) -> None:
 
 def _check_shards(what: Conversion, config: Config) -> None:
     model = config.model
-    if what.format not in ("original", "slim"):
+    if what.format not in _SHARDED:
         return
     if what.n_shards < 1:
         raise CheckpointError(f"{what.n_shards} shards are asked for; needed is 1 or more")
@@ -184,8 +194,10 @@ def _check_shards(what: Conversion, config: Config) -> None:
         raise CheckpointError(
             "mesh-transformer-jax's second model is read but not written: choose --format native"
         )
-    original.check_computed(model)
+    original.check_held(model)
     held = {"n_heads": model.n_heads, "n_vocab": model.n_vocab, "d_ff": model.d_ff}
+    if model.d_embed != model.d_model:
+        held["d_embed"] = model.d_embed
     problems = [
         f"{what.n_shards} shards do not divide {key} {n}"
         for key, n in held.items()
