@@ -12,7 +12,6 @@ configuration that trains on: see docs/howto_mup.md.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
@@ -220,7 +219,7 @@ def _write_attention_scale(model: ModelConfig) -> Json:
     usual = relations.apply(rules.DERIVED["attention_scale"], {**vars(model), **MUP})
     if model.attention_scale == usual:
         return {"scale_qk_dot_by_d": False} if model.mup_base_d_model else {}
-    alpha = _times(model.attention_scale, model.d_model / model.n_heads)
+    alpha = model.attention_scale * model.d_model / model.n_heads
     return {"scale_qk_dot_by_d": True, "attention_logits_alpha": alpha}
 
 
@@ -230,7 +229,7 @@ def _write_output_scale(model: ModelConfig) -> Json:
     return {
         **{"hidden_size": model.d_model, "mup_base_hidden_size": model.mup_base_d_model},
         **{"filter_size": model.d_ff, "mup_base_filter_size": model.mup_base_d_ff},
-        "output_logits_alpha": _times(model.output_scale, model.d_model / model.mup_base_d_model),
+        "output_logits_alpha": model.output_scale * model.d_model / model.mup_base_d_model,
     }
 
 
@@ -241,13 +240,6 @@ def _write_embed_scale(model: ModelConfig) -> Json:
 def _read_embed_bias(config: Json, keys: Json) -> Json:
     foldable = not keys.get("tie_embeddings") and keys.get("embed_scale", 1) == 1
     return {} if foldable else {"embed_bias": False}
-
-
-def _times(quotient: float, divisor: float) -> float:
-    """Return what gives a quotient, to the last bit, when it is divided."""
-    near = quotient * divisor
-    tried = (near, math.nextafter(near, math.inf), math.nextafter(near, 0))
-    return next((it for it in tried if it / divisor == quotient), near)
 
 
 FAMILY = Family(

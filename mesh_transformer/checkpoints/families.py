@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from mesh_transformer.schema import ConfigError
 FAMILIES = (GPTJ, GPT2, GPT_NEO, GPT_NEOX, OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, T5)
 """A model is written as the first of them that computes it."""
 
+_ROUNDING = 1e-15  # relative, of four operations on numbers of 53 bits
 _ALWAYS_SAME = {"quantization_config": None}
 
 
@@ -178,7 +180,7 @@ def _written(family: Family, model: ModelConfig) -> _Written:
     wrong = {
         key: value
         for key, value in _meant(family, model, back).items()
-        if key not in refused and getattr(model, key) != value
+        if key not in refused and not _alike(getattr(model, key), value)
     }
     if model.window == 0:
         wrong.pop("window_every", None)
@@ -189,6 +191,13 @@ def _written(family: Family, model: ModelConfig) -> _Written:
         for key, value in wrong.items()
     ]
     return _Written(family, keys, listed + problems)
+
+
+def _alike(ours: Any, back: Any) -> bool:
+    """Say whether a value came back; a number may have been multiplied and divided on the way."""
+    if isinstance(ours, float) and isinstance(back, (int, float)):
+        return math.isclose(ours, back, rel_tol=_ROUNDING)
+    return bool(ours == back)
 
 
 def _meant(family: Family, model: ModelConfig, back: Json) -> dict[str, Any]:
