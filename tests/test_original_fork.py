@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import memory_source
 import named_arrays
 import numpy as np
 import pytest
@@ -187,21 +188,36 @@ def test_its_other_models_are_written_as_its_converters_make_them(
         np.testing.assert_array_equal(found.read(key), value)
 
 
-def test_what_neither_it_nor_the_original_has_is_not_written(tmp_path: Path) -> None:
-    source, _ = named_arrays.of_config(CONFIGS["neox"])
-    model = dataclasses.replace(ModelConfig(**source.known), norm_epsilon=1e-6, pe_theta=5e5)
-    config = dataclasses.replace(small.parsed(), model=model)
-    target = tmp_path / "step_3"
-    with pytest.raises(CheckpointError) as error:
-        conversion.convert(source, config, str(target), Conversion(format="slim"), position={})
-    assert str(error.value).splitlines() == [
-        "mesh-transformer-jax has no checkpoints of such a model:",
-        "  - norm_epsilon is 1e-06, 1e-05 in mesh-transformer-jax",
-        "  - pe_theta is 500000.0, 10000.0 in mesh-transformer-jax",
-    ]
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        (
+            small.VARIANTS["neox"] | {"norm_epsilon": 1e-6, "pe_theta": 5e5},
+            {"norm_epsilon", "pe_theta"},
+        ),
+        (small.VARIANTS["llama"], {"ff_bias", "norm", "n_kv_heads", "gated", "pe_scaling"}),
+        (
+            small.VARIANTS["one head of keys"],
+            {"ff_bias", "norm", "n_kv_heads", "gated", "qk_norm", "embed_scale"},
+        ),
+        (small.VARIANTS["research"], {"use_static_sgu", "head_qk_trick", "residual"}),
+    ],
+)
+def test_what_neither_it_nor_the_original_has_is_refused_key_by_key(
+    keys: dict[str, Any], named: set[str], tmp_path: Path
+) -> None:
+    config, what = small.parsed(**keys), Conversion(format="slim")
+    source = memory_source.of_model(config.model)
+    with pytest.raises(CheckpointError, match="no checkpoints of such a model") as refused:
+        conversion.convert(source, config, str(tmp_path / "step_3"), what, position={})
+    assert sorted(re.findall(r"- (\w+) is ", str(refused.value))) == sorted(named)
+    assert not any(tmp_path.iterdir())
+
+
+def test_shards_that_do_not_divide_narrow_embeddings_are_refused(tmp_path: Path) -> None:
     source, _ = named_arrays.of_config(CONFIGS["opt, as 350m"] | {"word_embed_proj_dim": 15})
-    config = dataclasses.replace(config, model=ModelConfig(**source.known))
+    config = dataclasses.replace(small.parsed(), model=ModelConfig(**source.known))
     what = Conversion(format="slim", n_shards=2)
     with pytest.raises(CheckpointError, match="2 shards do not divide d_embed 15"):
-        conversion.convert(source, config, str(target), what, position={})
+        conversion.convert(source, config, str(tmp_path / "step_3"), what, position={})
     assert not any(tmp_path.iterdir())

@@ -122,9 +122,8 @@ def convert(
         model = dataclasses.replace(config.model, n_vocab=what.n_vocab)
         config = dataclasses.replace(config, model=model)
         source = WithVocabulary(source, what.n_vocab)
-    if what.format in _SHARDED and config.model.pe_offset:
-        source = without_offset(source, config.model.pe_offset)
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, pe_offset=0))
+    if what.format in _SHARDED:
+        source, config = _without_offset(source, config)
     _check(what, config, output, source)
     source, model = fitted(source, config.model), config.model
     dtype, moments, total = plan(source, what)
@@ -150,6 +149,14 @@ def convert(
             original_writer.write(folder, source, model, advance=advance, **shared)
     if what.format in _SHARDED:
         original_run.enlist(output, source.step)
+
+
+def _without_offset(source: Source, config: Config) -> tuple[Source, Config]:
+    """Leave out the first rows of OPT's table of positions, which the original's fork has not."""
+    if not config.model.pe_offset:
+        return source, config
+    model = dataclasses.replace(config.model, pe_offset=0)
+    return without_offset(source, config.model.pe_offset), dataclasses.replace(config, model=model)
 
 
 def _check(what: Conversion, config: Config, output: str, source: Source) -> None:

@@ -152,7 +152,8 @@ class Original:
     def __init__(self, folder: str, model: ModelConfig) -> None:
         self.where = folder
         self.known: Mapping[str, Any] = {}
-        check_held(model)
+        if network_rules.unlike(network_rules.FORK, vars(model)):
+            check_computed(model)
         self._n_heads = model.n_heads
         self.n_shards = count_shards(folder)
         self._members = [self._open(shard) for shard in range(self.n_shards)]
