@@ -6,7 +6,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import memory_source
 import numpy as np
@@ -231,6 +231,13 @@ def test_files_of_pytorch_s_are_refused_without_it(
     with pytest.raises(CheckpointError, match="pip install torch, or choose another --format"):
         convert(model, source_of(model), tmp_path / "target", format)
     assert not any(tmp_path.iterdir())
+
+
+def test_the_command_offers_each_format() -> None:
+    text = (pathlib.Path(__file__).parent.parent / "resharding_example.py").read_text()
+    names = get_args(conversion.Format)
+    assert FOREIGN.keys() < {*names}
+    assert f"formats = ({', '.join(map(json.dumps, names))})" in text
 
 
 def test_what_is_beside_weights_says_what_the_programs_need(tmp_path: pathlib.Path) -> None:

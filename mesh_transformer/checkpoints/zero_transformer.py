@@ -2,7 +2,7 @@
 
     checkpoints/params/params_42000       weights, as Flax packs a tree; so `checkpoint_42000`
     model_params_42000.msgpack            the same, taken out of a training state
-    417M.pth                              a state dict by the programs' own PyTorch port
+    417M.pth, params_42000.pth            a state dict by the programs' own PyTorch port
 
 They hold no configuration. The models are GPT-2's with ALiBi or without any positions, with a tied
 head; the newer program's without biases and with scales alone in its norms. Trained is what Flax
