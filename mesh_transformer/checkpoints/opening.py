@@ -35,7 +35,9 @@ Format = Literal[
 ]
 
 UNFINISHED = "unfinished"
-"""Ends the name of a folder that is being written; of a file, in a folder of a bucket that is."""
+"""Ends the name of a folder that is being written; of a file in it, until all of it is there."""
+REPLACED = "replaced"
+"""Ends the name of an old folder while a new one takes its place."""
 
 _BY_FILES: dict[Format, Callable[[str], str | None]] = {
     "gguf": gguf_files.find,
@@ -73,6 +75,11 @@ def find(path: str) -> Found:
     path = path.rstrip("/") or "/"
     if path.endswith(f".{UNFINISHED}") or storage.exists(storage.join(path, UNFINISHED)):
         raise CheckpointError(f"{path} was never finished; write it again")
+    if path.endswith(f".{REPLACED}"):
+        raise CheckpointError(
+            f"{path} is what a conversion was replacing when it was stopped, perhaps in part: run "
+            "it again, or name the folder otherwise if you know it to be whole"
+        )
     if (folder := reading.locate(path)) is not None:
         return Found("native", folder)
     if (file := jaxseq.find(path)) is not None:
