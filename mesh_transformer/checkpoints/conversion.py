@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from mesh_transformer import network_rules, storage
 from mesh_transformer.checkpoints import (
+    families,
     huggingface,
     native_writer,
     original,
@@ -58,7 +61,7 @@ class Plan(NamedTuple):
     Attributes:
         dtype: Of the weights; None leaves each as it is.
         moments: Whether optimizer state is among it.
-        n_bytes: How much, in all.
+        n_bytes: How much, in all: of what is read, in the dtype in which it is written.
     """
 
     dtype: np.dtype[Any] | None
@@ -74,7 +77,15 @@ def plan(source: Source, what: Conversion) -> Plan:
     if what.format == "hf":
         dtype = dtype or weights_dtype(source)
     moments = what.format in ("native", "original") and source.counts is not None
-    return Plan(dtype, moments, n_bytes(source, dtype, moments=moments))
+    total = n_bytes(source, dtype, moments=moments)
+    if what.format == "hf" and (bias := source.arrays.get(huggingface.TABLE_BIAS)):
+        assert dtype is not None
+        total -= bias._replace(dtype=dtype).n_bytes  # it goes into the table
+    return Plan(dtype, moments, total)
+
+
+def _unseen(n_bytes: int) -> AbstractContextManager[Callable[[int], object]]:
+    return contextlib.nullcontext(lambda n: None)
 
 
 def convert(
@@ -88,9 +99,11 @@ def convert(
     eot_id: int | None = None,
     bos_id: int | None = None,
     write_tokenizer: Callable[[str], None] = lambda folder: None,
-    advance: Callable[[int], object] = lambda n: None,
+    stage: Callable[[int], AbstractContextManager[Callable[[int], object]]] = _unseen,
 ) -> None:
     """Write a checkpoint in another format.
+
+    What is known to be wrong beforehand is refused before anything is touched.
 
     Args:
         source: What to write.
@@ -100,22 +113,22 @@ def convert(
         overwrite: Whether an existing folder is replaced, once the new one is whole.
         eot_id, bos_id: The tokenizer's end and beginning of text, for "hf".
         write_tokenizer: Adds a tokenizer's files to a Hugging Face folder.
-        advance: Called with the bytes of each array written; the plan knows their sum.
+        stage: Shows what is done: called with the bytes there are in all, it gives what is called
+            with those of each array that is written.
 
     Raises:
         CheckpointError: The checkpoint does not fit the configuration or is damaged, the format
             cannot hold the model, or there is something at `output` or too little space.
     """
     if what.n_vocab is not None:
-        model = dataclasses.replace(config.model, n_vocab=what.n_vocab)
-        config = dataclasses.replace(config, model=model)
+        config = _with_vocabulary(config, what.n_vocab)
         source = WithVocabulary(source, what.n_vocab)
     _check(what, config, output, source)
     source, model = fitted(source, config.model), config.model
     dtype, moments, total = plan(source, what)
     if source.counts is not None and not moments:
         _logger.info("the optimizer state is left out: %s holds weights alone", what.format)
-    with places.becoming(output, total, overwrite=overwrite) as folder:
+    with places.becoming(output, total, overwrite=overwrite) as folder, stage(total) as advance:
         if what.format == "native":
             step = storage.join(folder, "checkpoints", f"step_{source.step}")
             extra = {"config": config.to_flat(), "position": dict(position)}
@@ -135,6 +148,19 @@ def convert(
         original_run.enlist(output, source.step)
 
 
+def _with_vocabulary(config: Config, n_vocab: int) -> Config:
+    """Give a model another vocabulary, of tokens alone where none was said to be padding.
+
+    Raises:
+        ConfigError: Rows would be cut off that the configuration says are tokens (n_tokens).
+    """
+    model = config.model
+    whole = model.n_tokens == model.n_vocab
+    n_tokens = min(n_vocab, model.n_tokens) if whole else model.n_tokens
+    model = dataclasses.replace(model, n_vocab=n_vocab, n_tokens=n_tokens)
+    return dataclasses.replace(config, model=model)
+
+
 def _check(what: Conversion, config: Config, output: str, source: Source) -> None:
     """Refuse what cannot be written, before anything is."""
     if not what.file_gb > 0:
@@ -143,6 +169,7 @@ def _check(what: Conversion, config: Config, output: str, source: Source) -> Non
         retention.check_kept(output)
     if what.format == "hf":
         _check_padding(what, config)
+        families.config_json(config.model, np.dtype(np.float32))
     places.check_apart(output, source)
     _check_shards(what, config)
 

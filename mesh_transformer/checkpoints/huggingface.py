@@ -33,9 +33,11 @@ from mesh_transformer.config import ModelConfig
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SHARD_BYTES = 5 * 10**9
 
+TABLE_BIAS = Key(PARAMS, "decoder/embed/b")
+"""Ours, which is added to the table when written."""
+
 _SAFETENSORS, _PYTORCH, _INDEX = "model.safetensors", "pytorch_model.bin", ".index.json"
 _TABLE = Key(PARAMS, "decoder/embed/embeddings")
-_TABLE_BIAS = Key(PARAMS, "decoder/embed/b")
 _ROWS_AT_A_TIME = 256  # of the embedding, in float32 while the bias is added
 
 
@@ -160,7 +162,7 @@ def write(
 
     def read(name: str) -> np.ndarray:
         tensor = listed[name]
-        if tensor.keys == (_TABLE,) and _TABLE_BIAS in source.arrays:
+        if tensor.keys == (_TABLE,) and TABLE_BIAS in source.arrays:
             return _embedding(source, dtype)
         whole = np.empty(tensor.shape if len(tensor.keys) > 1 else 0, dtype)
         for key in tensor.keys:
@@ -202,7 +204,7 @@ def _in_files(arrays: Mapping[str, Array], shard_bytes: int) -> dict[str, dict[s
 def _embedding(source: Source, dtype: np.dtype[Any]) -> np.ndarray:
     """Return the embedding `[V, D]` with the bias in it, added in float32."""
     what = f"{_TABLE} in {source.where}"
-    bias_D = source.read(_TABLE_BIAS).astype(np.float32)
+    bias_D = source.read(TABLE_BIAS).astype(np.float32)
     table_VD = source.read(_TABLE)
     if not bias_D.any():  # adding it would make -0 into 0
         return cast(table_VD, dtype, what)

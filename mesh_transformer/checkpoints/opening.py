@@ -168,12 +168,20 @@ def stored_config(path: str) -> Config:
         ConfigError: It was saved by a release of the library whose configurations differ.
     """
     found = find(path)
+    return config_of(found, open_source(found, None))
+
+
+def config_of(found: Found, source: Source) -> Config:
+    """Return the configuration that a checkpoint holds which is open, as `stored_config`.
+
+    Raises:
+        ConfigError: See there.
+    """
     if found.format == "native":
-        return parse(reading.read_extra(found.folder)["config"], source=found.folder)
-    keys: dict[str, Any] = dict(open_source(found, None).known)
+        return parse(dict(source.known), source=found.folder)
     folder = folder_of(found.folder)
-    about = {"name": folder, "model_dir": folder, "tokenizer": folder}
-    return parse({**_NOT_TRAINED, **about, **keys}, source=found.folder)
+    about: dict[str, Any] = {"name": folder, "model_dir": folder, "tokenizer": folder}
+    return parse({**_NOT_TRAINED, **about, **source.known}, source=found.folder)
 
 
 def end_ids(path: str) -> tuple[int, ...]:
