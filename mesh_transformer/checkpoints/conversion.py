@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -29,6 +31,7 @@ from mesh_transformer.checkpoints.fitting import (
 )
 from mesh_transformer.checkpoints.foreign import FOREIGN
 from mesh_transformer.checkpoints.layout import CheckpointError
+from mesh_transformer.checkpoints.named import TABLE_BIAS
 from mesh_transformer.checkpoints.npz import BFLOAT16
 from mesh_transformer.checkpoints.places import GIGABYTE
 from mesh_transformer.checkpoints.source import Source
@@ -70,7 +73,7 @@ class Plan(NamedTuple):
     Attributes:
         dtype: Of the weights; None leaves each as it is.
         moments: Whether optimizer state is among it.
-        n_bytes: How much, in all.
+        n_bytes: How much, in all: of what is read, in the dtype in which it is written.
     """
 
     dtype: np.dtype[Any] | None
@@ -83,10 +86,20 @@ def plan(source: Source, what: Conversion) -> Plan:
     dtype = DTYPES[what.dtype] if what.dtype else None
     if what.format == "slim" and dtype is None and weights_dtype(source) == np.float32:
         dtype = BFLOAT16
-    if what.format == "hf" or what.format in FOREIGN:
+    foreign = FOREIGN.get(what.format)
+    if what.format == "hf" or foreign is not None:
         dtype = dtype or weights_dtype(source)
     moments = what.format in ("native", "original") and source.counts is not None
-    return Plan(dtype, moments, n_bytes(source, dtype, moments=moments))
+    total = n_bytes(source, dtype, moments=moments)
+    folds_bias = what.format == "hf" if foreign is None else foreign.folds_bias
+    if folds_bias and (bias := source.arrays.get(TABLE_BIAS)):
+        assert dtype is not None
+        total -= bias._replace(dtype=dtype).n_bytes
+    return Plan(dtype, moments, total)
+
+
+def _unseen(n_bytes: int) -> AbstractContextManager[Callable[[int], object]]:
+    return contextlib.nullcontext(lambda n: None)
 
 
 def convert(
@@ -100,9 +113,11 @@ def convert(
     eot_id: int | None = None,
     bos_id: int | None = None,
     write_tokenizer: Callable[[str], None] = lambda folder: None,
-    advance: Callable[[int], object] = lambda n: None,
+    stage: Callable[[int], AbstractContextManager[Callable[[int], object]]] = _unseen,
 ) -> None:
     """Write a checkpoint in another format.
+
+    What is known to be wrong beforehand is refused before anything is touched.
 
     Args:
         source: What to write.
@@ -112,24 +127,20 @@ def convert(
         overwrite: Whether an existing folder is replaced, once the new one is whole.
         eot_id, bos_id: The tokenizer's end and beginning of text, for "hf".
         write_tokenizer: Adds a tokenizer's files to a Hugging Face folder.
-        advance: Called with the bytes of each array written; the plan knows their sum.
+        stage: Shows what is done: called with the bytes there are in all, it gives what is called
+            with those of each array that is written.
 
     Raises:
         CheckpointError: The checkpoint does not fit the configuration or is damaged, the format
             cannot hold the model, or there is something at `output` or too little space.
     """
-    if what.n_vocab is not None:
-        model = dataclasses.replace(config.model, n_vocab=what.n_vocab)
-        config = dataclasses.replace(config, model=model)
-        source = WithVocabulary(source, what.n_vocab)
-    if what.format in _SHARDED:
-        source, config = _without_offset(source, config)
+    source, config = _changed(source, config, what)
     _check(what, config, output, source)
     source, model = fitted(source, config.model), config.model
     dtype, moments, total = plan(source, what)
     if source.counts is not None and not moments:
         _logger.info("the optimizer state is left out: %s holds weights alone", what.format)
-    with places.becoming(output, total, overwrite=overwrite) as folder:
+    with places.becoming(output, total, overwrite=overwrite) as folder, stage(total) as advance:
         if what.format == "native":
             step = storage.join(folder, "checkpoints", f"step_{source.step}")
             extra = {"config": config.to_flat(), "position": dict(position)}
@@ -151,12 +162,31 @@ def convert(
         original_run.enlist(output, source.step)
 
 
-def _without_offset(source: Source, config: Config) -> tuple[Source, Config]:
-    """Leave out the first rows of OPT's table of positions, which the original's fork has not."""
-    if not config.model.pe_offset:
-        return source, config
-    model = dataclasses.replace(config.model, pe_offset=0)
-    return without_offset(source, config.model.pe_offset), dataclasses.replace(config, model=model)
+def _changed(source: Source, config: Config, what: Conversion) -> tuple[Source, Config]:
+    """Give a model the vocabulary that is asked for, and positions that the format has room for.
+
+    OPT's table of positions begins with rows that are none, which the original's fork leaves out.
+    """
+    if what.n_vocab is not None:
+        config = _with_vocabulary(config, what.n_vocab)
+        source = WithVocabulary(source, what.n_vocab)
+    if what.format in _SHARDED and config.model.pe_offset:
+        source = without_offset(source, config.model.pe_offset)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, pe_offset=0))
+    return source, config
+
+
+def _with_vocabulary(config: Config, n_vocab: int) -> Config:
+    """Give a model another vocabulary, of tokens alone where none was said to be padding.
+
+    Raises:
+        ConfigError: Rows would be cut off that the configuration says are tokens (n_tokens).
+    """
+    model = config.model
+    whole = model.n_tokens == model.n_vocab
+    n_tokens = min(n_vocab, model.n_tokens) if whole else model.n_tokens
+    model = dataclasses.replace(model, n_vocab=n_vocab, n_tokens=n_tokens)
+    return dataclasses.replace(config, model=model)
 
 
 def _check(what: Conversion, config: Config, output: str, source: Source) -> None:

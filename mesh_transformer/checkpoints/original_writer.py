@@ -45,7 +45,7 @@ def write(
         n_shards: Divides heads, vocabulary and feed-forward features.
         dtype: Of the weights; as in the source if None. Moments are float32.
         moments: Whether to write the optimizer's state, which `source` then has.
-        advance: Called with the bytes of each array that is written.
+        advance: Called with the bytes of each array of the source's that is written.
 
     Raises:
         CheckpointError: Neither the original nor its fork computes such a model.
@@ -118,4 +118,5 @@ def _write_leaf(
     else:
         parts = [whole] * n_shards
     list(pool.map(lambda archive, part: archive.add(part), archives, parts))
-    advance(whole.nbytes)
+    if leaf.key is not None:
+        advance(whole.nbytes)

@@ -70,14 +70,14 @@ def write_flax(
         folder: There already, and empty.
         source: Of the model's arrays.
         dtype: Of the weights.
-        advance: Called with the bytes of each array that is written.
+        advance: Called with the bytes of each array of the source's that is written.
 
     Raises:
         CheckpointError: These programs do not compute such a model, the source is not of it, or a
             weight is too large for the dtype.
     """
     _, keys = described(model, (FLAX,), NAME)
-    weights = _Weights(source, FLAX, model, dtype)
+    weights = _Weights(source, FLAX, model, dtype, advance)
     params = {"params": flax_writer.nested(weights.arrays)}
     tree = {"step": source.step, "params": params, "opt_state": None}
 
@@ -85,7 +85,7 @@ def write_flax(
         return weights.read(name.removeprefix(_INSIDE))
 
     path = storage.join(folder, f"params_{source.step}")
-    flax_writer.write_tree(path, tree, read, advance)
+    flax_writer.write_tree(path, tree, read, _nothing)
     told = ["block_size", "alibi_attn", *(["fused_residuals"] * keys["fused_residuals"])]
     _write_config(folder, {key: keys[key] for key in (*_size_keys(), *told)} | {"dropout": 0.0})
 
@@ -103,7 +103,7 @@ def write_torch(
     Args and errors are those of `write_flax`.
     """
     _, keys = described(model, (TORCH,), NAME)
-    weights = _Weights(source, TORCH, model, dtype)
+    weights = _Weights(source, TORCH, model, dtype, advance)
     names = {port_name(it, model): it for it in weights.arrays}
     made = {"mask": np.tri(model.seq, dtype=np.uint8)[None, None]}
     if model.pe == "alibi":
@@ -118,17 +118,27 @@ def write_torch(
         return constants[name] if name in constants else weights.read(names[name])
 
     path = storage.join(folder, f"params_{source.step}.pth")
-    pytorch.write(path, arrays, read, advance, copies={"lm_head.weight": "wte.weight", **copies})
+    pytorch.write(path, arrays, read, _nothing, copies={"lm_head.weight": "wte.weight", **copies})
     _write_config(folder, {key: keys[key] for key in (*_size_keys(), "num_ctx")})
+
+
+def _nothing(n_bytes: int) -> None:
+    """Tell of no more bytes than are read."""
 
 
 class _Weights(Renamed):
     """Weights by these programs' names, with all rows of a table of positions."""
 
     def __init__(
-        self, source: Source, family: Family, model: ModelConfig, dtype: np.dtype[Any]
+        self,
+        source: Source,
+        family: Family,
+        model: ModelConfig,
+        dtype: np.dtype[Any],
+        advance: Callable[[int], object],
     ) -> None:
         super().__init__(source, family, model, dtype)
+        self._advance = advance
         self.arrays = {
             name.removesuffix(SHARED_ROW): Array((model.seq, *it.shape), dtype)
             if name.endswith(SHARED_ROW)
@@ -138,9 +148,9 @@ class _Weights(Renamed):
 
     def read(self, name: str) -> np.ndarray:
         """Make one array."""
-        if name not in TABLES:
-            return super().read(name)
-        return np.broadcast_to(super().read(name + SHARED_ROW), self.arrays[name].shape)
+        made = super().read(name + SHARED_ROW if name in TABLES else name)
+        self._advance(made.nbytes)
+        return np.broadcast_to(made, self.arrays[name].shape)
 
 
 def _size_keys() -> list[str]:
