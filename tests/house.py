@@ -38,9 +38,9 @@ ROWS: tuple[tuple[str, ...], ...] = (
         " checkpoints.cerebras_writer checkpoints.foreign checkpoints.placing"
         " checkpoints.opening checkpoints.places checkpoints.conversion checkpoints.averaging"
         " checkpoints.deepening",
-        "data data.cleaning data.framing data.documents data.tokenizer data.tokenizer_files"
-        " data.packing data.pairs data.dataset data.tfrecord data.jsonl data.webdataset"
-        " data.encoding data.batches data.prepare",
+        "data data.cleaning data.framing data.documents data.tokenizer data.borders"
+        " data.tokenizer_files data.packing data.pairs data.dataset data.tfrecord data.jsonl"
+        " data.webdataset data.encoding data.batches data.prepare",
     ),
     ("pod", "pod.checks pod.prompts pod.devices pod.worker pod.host"),
     ("pod.machines pod.cluster pod.startup pod.tpu_api pod.tpu_vm pod.slices",),

@@ -97,9 +97,10 @@ def test_the_published_configuration_is_the_one_that_is_here() -> None:
 @pytest.mark.parametrize("d_ff", [None, 96, 128])
 def test_configurations_survive_both_ways(d_ff: int | None) -> None:
     model = a_model(d_ff=d_ff)
-    theirs = config_json(model, BFLOAT16, eot_id=7)
+    theirs = config_json(model, BFLOAT16, ids={"bos_token_id": 7, "eos_token_id": [7, 8]})
     assert theirs["n_inner"] == (96 if d_ff == 96 else None)
-    assert theirs["bos_token_id"] == theirs["eos_token_id"] == 7
+    named = [theirs[f"{which}_token_id"] for which in ("bos", "eos", "pad")]
+    assert named == [7, [7, 8], None]
     assert config_json(model, BFLOAT16)["eos_token_id"] is None, "50256 is not in the vocabulary"
     keys = config_keys(theirs)
     assert keys == {key: getattr(model, key) for key in keys}

@@ -110,8 +110,7 @@ def convert(
     *,
     position: Mapping[str, Any],
     overwrite: bool = False,
-    eot_id: int | None = None,
-    bos_id: int | None = None,
+    ids: Mapping[str, Any] | None = None,
     write_tokenizer: Callable[[str], None] = lambda folder: None,
     stage: Callable[[int], AbstractContextManager[Callable[[int], object]]] = _unseen,
 ) -> None:
@@ -125,7 +124,7 @@ def convert(
         output: Folder to write; for "native" a run's, in which training can go on.
         position: Where training would go on in its data, for "native"; no other format says.
         overwrite: Whether an existing folder is replaced, once the new one is whole.
-        eot_id, bos_id: The tokenizer's end and beginning of text, for "hf".
+        ids: The tokens that begin, end and pad texts, for "hf": see `families.config_json`.
         write_tokenizer: Adds a tokenizer's files to a Hugging Face folder.
         stage: Shows what is done: called with the bytes there are in all, it gives what is called
             with those of each array that is written.
@@ -152,8 +151,7 @@ def convert(
         elif what.format == "hf":
             assert dtype is not None, "the plan says it"
             shown: Any = {"shard_bytes": int(what.file_gb * GIGABYTE), "advance": advance}
-            ids: Any = {"eot_id": eot_id, "bos_id": bos_id}
-            huggingface.write(folder, source, model, dtype=dtype, **ids, **shown)
+            huggingface.write(folder, source, model, dtype=dtype, ids=ids, **shown)
             write_tokenizer(folder)
         else:
             shared: Any = {"n_shards": what.n_shards, "dtype": dtype, "moments": moments}

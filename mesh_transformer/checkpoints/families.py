@@ -90,8 +90,7 @@ def config_json(
     model: ModelConfig,
     dtype: np.dtype[Any],
     *,
-    eot_id: int | None = None,
-    bos_id: int | None = None,
+    ids: Mapping[str, Any] | None = None,
     families: Sequence[Family] = FAMILIES,
     program: str = "transformers",
 ) -> dict[str, Any]:
@@ -99,29 +98,29 @@ def config_json(
 
     Args:
         dtype: Of the weights.
-        eot_id: The token that ends a text, and begins one if no other does. None takes the
-            published models', if it is in the vocabulary.
-        bos_id: Another token that begins a text.
+        ids: Its bos_token_id, eos_token_id and pad_token_id, null where one is left out. None takes
+            the published models', those that are in the vocabulary.
         families, program: As for `described`.
 
     Raises:
         CheckpointError: As of `described`.
     """
     family, keys = described(model, families, program)
-    begin_id = family.begin_id if eot_id is None or family.begin_id is None else eot_id
-    begin_id = begin_id if bos_id is None else bos_id
-    eot_id = family.eot_id if eot_id is None else eot_id
+    if ids is None:
+        theirs = {"bos_token_id": family.begin_id, "eos_token_id": family.eot_id}
+        known = range(model.n_vocab)
+        ids = {key: id if id in known else None for key, id in theirs.items()}
+    else:
+        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | dict(ids)
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        "bos_token_id": None if begin_id is None or begin_id >= model.n_vocab else begin_id,
-        "eos_token_id": eot_id if eot_id < model.n_vocab else None,
         # Releases before 5 know the older name alone, later ones both.
         "torch_dtype": str(dtype),
         "dtype": str(dtype),
     }
     same = {key: value for key, value in family.same.items() if value is not None}
-    return dict(sorted({**config, **family.also, **keys, **same}.items()))
+    return dict(sorted({**config, **family.also, **ids, **keys, **same}.items()))
 
 
 def described(

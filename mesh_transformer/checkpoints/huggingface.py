@@ -129,8 +129,7 @@ def write(
     *,
     dtype: np.dtype[Any],
     shard_bytes: int = SHARD_BYTES,
-    eot_id: int | None = None,
-    bos_id: int | None = None,
+    ids: Mapping[str, Any] | None = None,
     advance: Callable[[int], object] = lambda n: None,
 ) -> None:
     """Write a folder that `transformers` reads; config.json comes last.
@@ -140,14 +139,14 @@ def write(
         source: Of the model's arrays.
         dtype: Of the weights.
         shard_bytes: Of one file, at most; an array that is larger has a file for itself.
-        eot_id, bos_id: As for `families.config_json`.
+        ids: As for `families.config_json`.
         advance: Called with the bytes of each array that is written.
 
     Raises:
         CheckpointError: `transformers` has no such model, the source is not of it, or a weight is
             too large for the dtype.
     """
-    config = config_json(model, dtype, eot_id=eot_id, bos_id=bos_id)
+    config = config_json(model, dtype, ids=ids)
     family = family_of(config)
     assert family is not None, "config_json names one of them"
     weights = Renamed(source, family, model, dtype)
