@@ -6,7 +6,8 @@ from __future__ import annotations
 # Names that no file has yet are places kept free.
 ROWS: tuple[tuple[str, ...], ...] = (
     (
-        "errors schema relations encoder_rules network_rules rules sections network config",
+        "errors schema relations encoder_rules position_rules network_rules rules sections network"
+        " config",
         "session",
         "records",
     ),
@@ -15,8 +16,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
         "buckets storage noise_scale throughput progress trackers metrics_file metrics plot",
     ),
     (
-        "model model.positions model.dropout model.attention model.mup model.layers model.mixing"
-        " model.block model.copying model.weights model.loss model.sampling",
+        "model model.mup model.initial model.positions model.dropout model.attention model.layers"
+        " model.mixing model.block model.copying model.weights model.loss model.sampling",
     ),
     ("model.encoder model.decoder",),
     (

@@ -82,10 +82,18 @@ def snippets(document: str) -> Iterator[dict[str, Any]]:
 
 
 def keys_named(document: str) -> set[str]:
-    """Return what a document names as code and only a key can be called."""
+    """Return what a document names as code and only a key can be called.
+
+    A table that begins with what is said "there" says what that is here.
+    """
     text = (ROOT / document).read_text(encoding="utf-8")
+    here: list[str] = []
+    for table in re.findall(r"(?<=^\| there )\|.*\n(?:\|.*\n)+", text, re.MULTILINE):
+        text = text.replace(table, "")
+        here += [row.split("|")[2] for row in table.splitlines()[2:]]
+    said = set(re.findall(r"`(\w+)`", " ".join(here)))
     first = r"(?:tpu|pod|val|ckpt|keep|warmup|anneal|total|gradient|per_replica|zero)_\w+"
-    return set(re.findall(rf"`({first}|\w+_(?:lr|dir|set))`", text))
+    return said | set(re.findall(rf"`({first}|\w+_(?:lr|dir|set))`", text))
 
 
 def check_pip(words: list[str]) -> None:
