@@ -28,6 +28,7 @@ KINDS = [
     ("gs", "hf"),
     ("s3", "slim"),
     ("s3", "hf"),
+    ("gs", "jaxseq"),
 ]
 
 
