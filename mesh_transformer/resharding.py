@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from typing import NamedTuple
 from mesh_transformer import progress, storage
 from mesh_transformer.checkpoints import opening, places
 from mesh_transformer.checkpoints.averaging import Mean
-from mesh_transformer.checkpoints.conversion import Conversion, convert, plan
+from mesh_transformer.checkpoints.conversion import Conversion, convert
 from mesh_transformer.checkpoints.deepening import WithLayers
 from mesh_transformer.checkpoints.fitting import n_bytes
 from mesh_transformer.checkpoints.native_source import NativeSource
@@ -40,10 +41,11 @@ def open_checkpoint(path: str, config: Config | None) -> Opened:
         UserError: There is no such checkpoint, or it is of another model.
     """
     found = opening.find(path)
-    config = config or opening.stored_config(path)
-    source = opening.open_source(found, config.model, config.checkpoint.original_cores)
+    model = None if config is None else config.model
+    cores = None if config is None else config.checkpoint.original_cores
+    source = opening.open_source(found, model, cores)
     _logger.info("%s: %s", found.folder, source.about)
-    return Opened(found, source, config)
+    return Opened(found, source, config or opening.config_of(found, source))
 
 
 def combined(
@@ -103,18 +105,19 @@ def write(
         if tokens is not None:
             tokenizer_files.write(folder, tokens, n_vocab, start_id=start_id)
 
-    with progress.stage("Converting", plan(source, what).n_bytes) as advance:
-        convert(
-            source,
-            config,
-            output,
-            what,
-            position=position or Position().to_json(),
-            overwrite=overwrite,
-            ids=tokenizer_files.special_ids(tokens, n_vocab, start_id=start_id) if tokens else None,
-            write_tokenizer=write_tokenizer,
-            advance=advance,
-        )
+    if tokens is not None:
+        tokenizer_files.check(tokens, n_vocab)
+    convert(
+        source,
+        config,
+        output,
+        what,
+        position=position or Position().to_json(),
+        overwrite=overwrite,
+        ids=tokenizer_files.special_ids(tokens, n_vocab, start_id=start_id) if tokens else None,
+        write_tokenizer=write_tokenizer,
+        stage=functools.partial(progress.stage, "Converting"),
+    )
     _logger.info("written: %s", output)
     if what.format == "native" and source.counts is None:
         _logger.info("it holds weights alone: train them with --tune-model-path %s", output)

@@ -141,7 +141,8 @@ class DataConfig(Section):
     Attributes:
         train_set: Index file: one TFRecord path or URL a line.
         val_set: Index file of each validation set, by the name it has in logs.
-        tokenizer: "gpt2", "bytes", a tokenizer.json or its folder, or a Hugging Face name.
+        tokenizer: "gpt2", "bytes", path or URL of a tokenizer.json or its folder, or a Hugging
+            Face name.
     """
 
     train_set: Text

@@ -9,12 +9,14 @@ Object stores have no folders and cannot append: a remote file appears, whole, w
 
 from __future__ import annotations
 
+import atexit
 import builtins
 import contextlib
 import fcntl
 import os
 import pathlib
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from typing import IO, Any
@@ -22,6 +24,8 @@ from typing import IO, Any
 from mesh_transformer import buckets
 from mesh_transformer.buckets import StorageError as StorageError
 from mesh_transformer.errors import InUse
+
+_SMALL = (".json", ".txt", ".model", ".jinja")  # a model's words, and how it is spoken to
 
 
 def is_remote(path: str) -> bool:
@@ -167,6 +171,25 @@ def files(folder: str) -> list[str]:
     return sorted(
         os.path.normpath(os.path.join(at, name)) for at, names in inside for name in names
     )
+
+
+def with_small_files_here(path: str) -> str:
+    """Copy a remote folder's texts and tables to this disk, for what reads local files alone.
+
+    Args:
+        path: The folder, or a file in it. What there is not becomes an empty folder.
+
+    Returns:
+        The copy of that; it has neither weights nor folders, and goes when this process ends.
+    """
+    is_file = exists(path) and not children(path)
+    folder, name = path.rsplit("/", 1) if is_file else (path, "")
+    target = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, target, ignore_errors=True)
+    for beside in children(folder):
+        if beside.endswith(_SMALL) and not beside.endswith(".index.json"):
+            write_bytes_atomically(join(target, beside), read_bytes(join(folder, beside)))
+    return join(target, name)
 
 
 def remove(path: str) -> None:

@@ -32,10 +32,13 @@ ROWS: tuple[tuple[str, ...], ...] = (
         " checkpoints.original_run checkpoints.fused"
         " checkpoints.safetensors checkpoints.pytorch checkpoints.family checkpoints.family_keys"
         " checkpoints.gpt_families checkpoints.llama_families checkpoints.t5_family"
-        " checkpoints.families checkpoints.tensors checkpoints.named checkpoints.huggingface"
-        " checkpoints.flax_files checkpoints.jaxseq checkpoints.zero_transformer"
-        " checkpoints.gguf_files checkpoints.cerebras checkpoints.placing checkpoints.opening"
-        " checkpoints.places checkpoints.conversion checkpoints.averaging checkpoints.deepening",
+        " checkpoints.families checkpoints.tensors checkpoints.named checkpoints.renaming"
+        " checkpoints.huggingface checkpoints.flax_files checkpoints.flax_writer"
+        " checkpoints.jaxseq checkpoints.zero_transformer checkpoints.zero_writer"
+        " checkpoints.gguf_files checkpoints.cerebras_family checkpoints.cerebras"
+        " checkpoints.cerebras_writer checkpoints.foreign checkpoints.placing"
+        " checkpoints.opening checkpoints.places checkpoints.conversion checkpoints.averaging"
+        " checkpoints.deepening",
         "data data.cleaning data.framing data.documents data.tokenizer data.borders"
         " data.tokenizer_files data.packing data.pairs data.dataset data.tfrecord data.jsonl"
         " data.webdataset data.encoding data.batches data.prepare",

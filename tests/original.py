@@ -31,7 +31,10 @@ FOLDERS = pathlib.Path(
     os.environ.get("ORIGINAL_FIXTURES") or pathlib.Path(__file__).parents[2] / "shared" / "fixtures"
 )
 """Where the folders that the original wrote are, if they are here."""
-CONTINUED = ("A", "B_small", "C_t5", "D_fixed", "E_rmsnorm", "E_scalenorm")
+CONTINUED = (
+    *("A", "B_small", "C_t5", "D_fixed"),
+    *("E_rmsnorm", "E_scalenorm", "E_layernorm-nobias", "E_rmsnorm_mp4"),
+)
 ROOT = "causal_transformer_shard/~/"
 OTHER_KEYS = {
     "compute_dtype": "float32",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 import small
 from object_stores import Gateway
 
-from mesh_transformer import storage
+from mesh_transformer import resharding, storage
 from mesh_transformer.checkpoints import conversion, opening
 from mesh_transformer.checkpoints.conversion import Conversion
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.source import PARAMS, Key, Source
+from mesh_transformer.data import DataError, tokenizer
 from mesh_transformer.errors import UserError
 
 CONFIG = small.parsed()
@@ -26,6 +28,7 @@ KINDS = [
     ("gs", "hf"),
     ("s3", "slim"),
     ("s3", "hf"),
+    ("gs", "jaxseq"),
 ]
 
 
@@ -117,6 +120,59 @@ def test_a_checkpoint_is_replaced_only_when_asked(folder: str, format: str) -> N
     assert storage.files(f"{folder}/it") == storage.files(f"{folder}/it2")
     assert_same_weights(convert(before, f"{folder}/it", format, overwrite=True), before)
     assert storage.files(f"{folder}/it") != storage.files(f"{folder}/it2") or format == "hf"
+
+
+def test_a_tokenizer_goes_along_from_a_bucket_to_a_bucket_and_to_a_disk(
+    remote: str, tmp_path: Path
+) -> None:
+    config = small.parsed(n_vocab=320, tokenizer="bytes")
+    first = memory_source.of_model(config.model)
+    folders = [f"{remote}/hf", f"{remote}/again", str(tmp_path / "here")]
+    resharding.write(first, config, folders[0], Conversion(format="hf"))
+    for before, after in itertools.pairwise(folders):
+        opened = resharding.open_checkpoint(before, None)
+        assert opened.config.data.tokenizer == before
+        resharding.write(opened.source, opened.config, after, Conversion(format="hf"))
+        assert storage.files(after) == storage.files(before)
+        for name in storage.files(after):
+            if "tokenizer" in name or "config" in name:
+                both = (storage.read_bytes(f"{it}/{name}") for it in (before, after))
+                assert len(set(both)) == 1, name
+    assert tokenizer.load(f"{remote}/hf").encode("Ω") == list("Ω".encode())
+    assert tokenizer.load(f"{remote}/hf/tokenizer.json").eot_id == 256
+    with pytest.raises(DataError, match=f"{remote}/nowhere holds no tokenizer.json"):
+        tokenizer.load(f"{remote}/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("keys", "n_vocab", "told"),
+    [
+        (
+            {"norm": "scalenorm", "n_vocab": 320},
+            None,
+            "the model cannot be written for transformers",
+        ),
+        (
+            {"n_tokens": 300, "n_vocab": 320},
+            None,
+            r"rows 300 to 319 of the vocabulary are padding \(n_tokens\)",
+        ),
+        ({}, None, r"tokenizer bytes has 257 ids, the model's .* 64 \(n_vocab"),
+        ({"n_vocab": 320}, 256, "tokenizer bytes has 257 ids, the model's "),
+    ],
+)
+def test_what_can_be_refused_is_before_a_checkpoint_is_given_up_or_a_weight_read(
+    s3: str, keys: dict[str, Any], n_vocab: int | None, told: str
+) -> None:
+    before = made()
+    convert(before, f"{s3}/it", "hf")
+    config = small.parsed(tokenizer="bytes", head_bias="n_tokens" not in keys, **keys)
+    source = memory_source.of_model(config.model)
+    what = Conversion(format="hf", n_vocab=n_vocab)
+    with pytest.raises(UserError, match=told):
+        resharding.write(source, config, f"{s3}/it", what, overwrite=True)
+    assert not source.reads
+    assert_same_weights(opening.open_source(opening.find(f"{s3}/it"), None), before)
 
 
 def test_what_is_no_checkpoint_is_never_replaced(remote: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -36,8 +37,15 @@ FORMATS = ("native", "original", "slim", "hf")
 def convert(
     source: Source, config: Config, output: Path | str, what: Conversion, **more: Any
 ) -> Source:
-    """Convert, and open what was written."""
-    conversion.convert(source, config, str(output), what, position=POSITION, **more)
+    """Convert, which tells beforehand how much is written, and open what was written."""
+    told: list[int] = []
+
+    def stage(n_bytes: int) -> Any:
+        told.append(-n_bytes)
+        return contextlib.nullcontext(told.append)
+
+    conversion.convert(source, config, str(output), what, position=POSITION, stage=stage, **more)
+    assert len(told) > 1 and sum(told) == 0
     return opening.open_source(opening.find(str(output)), config.model)
 
 
@@ -159,8 +167,11 @@ def test_a_padded_vocabulary_gives_the_same_losses_and_is_cut_again(tmp_path: Pa
     wide_config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, n_vocab=wide.known["n_vocab"])
     )
-    back = convert(wide, wide_config, tmp_path / "back", Conversion(format="hf", n_vocab=64))
-    assert_same_weights(back, source)
+    config_72 = opening.stored_config(str(tmp_path / "wide"))  # knows of no padding
+    for name, known in (("back", wide_config), ("untold", config_72)):
+        back = convert(wide, known, tmp_path / name, Conversion(format="hf", n_vocab=64))
+        assert_same_weights(back, source)
+        assert opening.stored_config(str(tmp_path / name)).model.n_tokens == 64
     with pytest.raises(ConfigError, match="n_tokens 60 is more than n_vocab 32"):
         convert(source, config, tmp_path / "cut", Conversion(format="hf", n_vocab=32))
 
@@ -280,6 +291,29 @@ def test_a_run_of_the_original_is_found_by_its_folder(tmp_path: Path, step: str)
     (tmp_path / "run" / "meta.json").write_text('{"checkpoints": [[]]}')
     with pytest.raises(CheckpointError, match=r"meta\.json is damaged"):
         opening.find(str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_checkpoint_is_opened_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    config = small.parsed()
+    calls: list[Any] = []
+    source = memory_source.of_model(config.model)
+    convert(source, config, tmp_path / "it", Conversion(format=format))  # type: ignore[arg-type]
+
+    def counted(call: Any) -> Any:
+        def calling(*args: Any) -> Any:
+            calls.append(call)
+            return call(*args)
+
+        return calling
+
+    for name in ("find", "open_source"):
+        monkeypatch.setattr(opening, name, counted(getattr(opening, name)))
+    known = None if format in ("native", "hf") else config
+    opened = resharding.open_checkpoint(str(tmp_path / "it"), known)
+    assert len(calls) == 2 and opened.config.model.d_model == config.model.d_model
 
 
 def test_a_run_that_is_converted_goes_on_in_its_data(

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import small
 from processes import ended, wait_until
 
 from mesh_transformer import storage
-from mesh_transformer.checkpoints import conversion, opening
+from mesh_transformer.checkpoints import conversion, opening, places
 from mesh_transformer.checkpoints.conversion import Conversion
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.config import Config, load
@@ -74,14 +75,16 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_runs_again(
     flags += ["--output", str(target), *(["--overwrite"] if overwrite else [])]
     process = step.start("resharding_example.py", *flags)
     unfinished = tmp_path / "target.unfinished"
-    begun = wait_until(lambda: unfinished.is_dir() and any(unfinished.iterdir()), process)
+    begun = wait_until(lambda: len(contents(unfinished)) > 1, process)  # more than the marker
     process.kill()
     status, _, told = ended(process)
     assert begun and status == -signal.SIGKILL, told
     assert unfinished.is_dir() and contents(target) == before
-    for folder in (unfinished, *(() if overwrite else (target,))):
+    shutil.copytree(unfinished, tmp_path / "copied")
+    for folder in (unfinished, tmp_path / "copied", *(() if overwrite else (target,))):
         with pytest.raises(CheckpointError, match="was never finished|does not exist"):
             opening.find(str(folder))
+    shutil.rmtree(tmp_path / "copied")
     status, _, told = ended(step.start("resharding_example.py", *flags))
     assert status == 0, told
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
@@ -93,30 +96,83 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_runs_again(
             np.testing.assert_array_equal(found.read(key), wanted.read(key).astype(array.dtype))
 
 
-def test_a_replacement_that_stopped_between_its_renames_is_undone_by_the_next(
+@pytest.mark.parametrize("stopped_at", ["rename 1", "rename 2", "mark", "removal"])
+def test_a_replacement_that_was_killed_at_any_time_is_ended_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: str
+) -> None:
+    """What stands under the target's name is the old folder or the new one, and whole."""
+    target, config = tmp_path / "target", small.parsed()
+    replaced, unfinished = tmp_path / "target.replaced", tmp_path / "target.unfinished"
+    convert(config, target, "hf")
+    before = contents(target)
+    mark = places._MARK
+    convert(config, tmp_path / "new", "slim")
+    if stopped_at in ("rename 1", "rename 2"):
+        (tmp_path / "new").rename(unfinished)
+    if stopped_at != "rename 1":
+        target.rename(replaced)
+    if stopped_at in ("mark", "removal"):
+        (tmp_path / "new").rename(target)
+    if stopped_at == "removal":
+        (replaced / "unfinished").write_text(mark)
+        (replaced / "config.json").unlink()
+    for left in (replaced, unfinished):
+        if left.exists():
+            with pytest.raises(CheckpointError, match="was never finished|was replacing when it "):
+                opening.find(str(left))
+    with pytest.raises(CheckpointError, match="target is there already"):
+        convert(config, target, "slim")
+    if stopped_at.startswith("rename"):
+        assert contents(target) == before
+    if stopped_at == "mark":  # nothing says whose it is: it may be the user's own
+        with pytest.raises(
+            CheckpointError, match=r"target\.replaced is in the way: .*move it away"
+        ):
+            convert(config, target, "slim", overwrite=True)
+        assert contents(replaced)
+        shutil.rmtree(replaced)
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    convert(config, target, "slim", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert not (target / "config.json").exists() and not (target / "unfinished").exists()
+
+
+def test_a_replacement_that_fails_between_its_renames_is_undone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, config = tmp_path / "target", small.parsed()
     convert(config, target, "hf")
-    before = contents(target)
-    rename = os.rename
+    before, rename = contents(target), os.rename
 
     def fails(old: str, new: str) -> None:
         if str(old).endswith(".unfinished"):
             raise OSError(errno.EIO, "Input/output error")
         rename(old, new)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
-        patch.setattr(os, "rename", fails)
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(OSError, match="Input/output error"):
         convert(config, target, "slim", overwrite=True)
     assert contents(target) == before and len(list(tmp_path.iterdir())) == 1
-    target.rename(tmp_path / "target.replaced")  # as a process killed there leaves it
-    with pytest.raises(CheckpointError, match="is there already"):
+
+
+def test_folders_of_the_user_s_own_by_the_names_of_leftovers_are_not_touched(
+    tmp_path: Path,
+) -> None:
+    """Also where a conversion to the name without the ending is made anew, or fails."""
+    config, target = small.parsed(), tmp_path / "target"
+    convert(config, tmp_path / "mine", "hf")
+    (tmp_path / "mine").rename(tmp_path / "target.replaced")
+    before = contents(tmp_path)
+    with files_end_at(5000), pytest.raises(CheckpointError, match="make room there"):
         convert(config, target, "slim")
-    assert contents(target) == before
-    convert(config, target, "slim", overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-    assert not (target / "config.json").exists()
+    assert contents(tmp_path) == before
+    convert(config, target, "slim")
+    assert contents(tmp_path / "target.replaced").items() <= before.items()
+    (tmp_path / "other.unfinished").mkdir()
+    (tmp_path / "other.unfinished" / "precious").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"other\.unfinished.* holds precious, which no conv"):
+        convert(config, tmp_path / "other", "slim")
+    assert (tmp_path / "other.unfinished" / "precious").read_text() == "mine"
 
 
 # Full and locked disks
@@ -185,6 +241,7 @@ def test_a_file_in_the_way_is_told_by_name(tmp_path: Path) -> None:
 def test_only_one_process_writes_a_target(tmp_path: Path) -> None:
     unfinished = tmp_path / "target.unfinished"
     unfinished.mkdir()
+    (unfinished / "unfinished").write_text(places._MARK)
     (unfinished / "of the other").touch()
     with (
         storage.alone(str(unfinished), "nobody"),
@@ -228,6 +285,43 @@ def test_only_checkpoints_are_replaced_and_never_the_one_that_is_read(tmp_path: 
                 overwrite=True,
             )
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("format", "at", "more", "told"),
+    [
+        ("hf", "", "notes", "holds notes, which is no part of a checkpoint"),
+        ("slim", "", "notes", "holds notes, which is no part of a checkpoint"),
+        ("native", "", "notes", "holds notes, which is no part of a checkpoint"),
+        ("native", "", "checkpoints/notes", "holds checkpoints/notes, which is no part of"),
+        ("slim", "step_7", None, "holds meta.json, which is no part of a checkpoint"),
+        (None, "", "model.gguf", "no checkpoint that is written here"),
+        (None, "", "params_7", "no checkpoint that is written here"),
+        (None, "", "7.mdl", "no checkpoint that is written here"),
+    ],
+)
+def test_what_lies_beside_a_checkpoint_is_never_replaced_with_it(
+    tmp_path: Path, format: str | None, at: str, more: str | None, told: str
+) -> None:
+    """A home, say, or the folder of a run with all its steps."""
+    target = tmp_path / "home"
+    if format is not None:
+        convert(small.parsed(), target / at, format)
+    else:
+        target.mkdir()
+    if more is not None:
+        (target / more).write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"home is there already and {told}.*, so --overw"):
+        convert(small.parsed(), target, "hf", overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_file_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_text("mine")
+    with pytest.raises(CheckpointError, match="is there already and a file, so --overwrite does"):
+        convert(small.parsed(), tmp_path / "model.gguf", "hf", overwrite=True)
+    assert contents(tmp_path) == {tmp_path / "model.gguf": b"mine"}
 
 
 def test_an_empty_folder_is_in_nobody_s_way(tmp_path: Path) -> None:

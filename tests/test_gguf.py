@@ -162,7 +162,12 @@ def test_a_file_that_ends_early_is_refused(tmp_path: pathlib.Path) -> None:
         gguf_files.Gguf("gs://bucket/model.gguf")
 
 
-def test_of_several_files_one_must_be_named(tmp_path: pathlib.Path) -> None:
+def test_of_several_files_one_must_be_named_and_an_empty_folder_has_none(
+    tmp_path: pathlib.Path,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"empty holds no complete checkpoint; needed is"):
+        opened(str(tmp_path / "empty"))
     write(tmp_path / "a.gguf", "llama")
     path, _ = write(tmp_path / "b.gguf", "gpt2")
     with pytest.raises(CheckpointError, match=r"holds a.gguf, b.gguf: name the one to read"):

@@ -55,6 +55,14 @@ def test_no_module_but_their_own_knows_one_family_from_another() -> None:
     assert found and found <= theirs
 
 
+def test_the_table_of_the_documents_has_every_family_in_order() -> None:
+    text = (CONFIGS[0].parents[1] / "docs" / "howto_convert_checkpoints.md").read_text()
+    table = text.partition("| `model_type` | models |")[2].partition("\n\n")[0]
+    rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    kinds = [kind for row in rows for kind in re.findall(r"`(\w+)`", row)]
+    assert kinds == [family.model_type for family in FAMILIES]
+
+
 @every_file
 def test_a_file_is_the_model_that_its_config_json_describes(path: pathlib.Path) -> None:
     says, model = stated(path), configuration.load(path).model

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from mesh_transformer.schema import ConfigError
 FAMILIES = (GPTJ, GPT2, GPT_NEO, GPT_NEOX, OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, T5)
 """A model is written as the first of them that computes it."""
 
+_ROUNDING = 1e-15  # relative, of four operations on numbers of 53 bits
 _ALWAYS_SAME = {"quantization_config": None}
 
 
@@ -89,6 +91,8 @@ def config_json(
     dtype: np.dtype[Any],
     *,
     ids: Mapping[str, Any] | None = None,
+    families: Sequence[Family] = FAMILIES,
+    program: str = "transformers",
 ) -> dict[str, Any]:
     """Describe a model as `transformers` does.
 
@@ -96,19 +100,12 @@ def config_json(
         dtype: Of the weights.
         ids: Its bos_token_id, eos_token_id and pad_token_id, null where one is left out. None takes
             the published models', those that are in the vocabulary.
+        families, program: As for `described`.
 
     Raises:
-        CheckpointError: No family computes what this model does; every reason is listed, of the
-            family that comes closest.
+        CheckpointError: As of `described`.
     """
-    tried = [_written(family, model) for family in FAMILIES]
-    family, keys, problems = min(tried, key=lambda it: len(it.problems))
-    if problems:
-        heading = (
-            "the model cannot be written for transformers, which has no class that computes it; "
-            f"{family.name} comes closest:"
-        )
-        raise CheckpointError("\n  - ".join([heading, *problems]))
+    family, keys = described(model, families, program)
     if ids is None:
         theirs = {"bos_token_id": family.begin_id, "eos_token_id": family.eot_id}
         known = range(model.n_vocab)
@@ -124,6 +121,31 @@ def config_json(
     }
     same = {key: value for key, value in family.same.items() if value is not None}
     return dict(sorted({**config, **family.also, **ids, **keys, **same}.items()))
+
+
+def described(
+    model: ModelConfig, families: Sequence[Family] = FAMILIES, program: str = "transformers"
+) -> tuple[Family, Json]:
+    """Say which family computes a model, the first if several do, and describe it in its words.
+
+    Args:
+        families: Those that there are.
+        program: Whose they are, for messages.
+
+    Raises:
+        CheckpointError: None computes what this model does; every reason is listed, of the family
+            that comes closest.
+    """
+    tried = [_written(family, model) for family in families]
+    family, keys, problems = min(tried, key=lambda it: len(it.problems))
+    if problems:
+        closest = f"; {family.name} comes closest" if len(families) > 1 else ""
+        heading = (
+            f"the model cannot be written for {program}, which has no class that computes it"
+            f"{closest}:"
+        )
+        raise CheckpointError("\n  - ".join([heading, *problems]))
+    return family, keys
 
 
 class _Written(NamedTuple):
@@ -157,7 +179,7 @@ def _written(family: Family, model: ModelConfig) -> _Written:
     wrong = {
         key: value
         for key, value in _meant(family, model, back).items()
-        if key not in refused and getattr(model, key) != value
+        if key not in refused and not _alike(getattr(model, key), value)
     }
     if model.window == 0:
         wrong.pop("window_every", None)
@@ -168,6 +190,13 @@ def _written(family: Family, model: ModelConfig) -> _Written:
         for key, value in wrong.items()
     ]
     return _Written(family, keys, listed + problems)
+
+
+def _alike(ours: Any, back: Any) -> bool:
+    """Say whether a value came back; a number may have been multiplied and divided on the way."""
+    if isinstance(ours, float) and isinstance(back, (int, float)):
+        return math.isclose(ours, back, rel_tol=_ROUNDING)
+    return bool(ours == back)
 
 
 def _meant(family: Family, model: ModelConfig, back: Json) -> dict[str, Any]:

@@ -8,6 +8,7 @@ features, and files have them in that order; the other architectures have them i
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -212,7 +213,7 @@ def find(path: str) -> str | None:
         raise CheckpointError(f"{path} holds {', '.join(inside)}: name the one to read")
     if inside:
         return storage.join(path, inside[0])
-    if storage.children(path) or not storage.exists(path):
+    if storage.children(path) or os.path.isdir(path) or not storage.exists(path):
         return None
     begin = bytearray(len(_MAGIC))
     n_read = storage.read_into(path, 0, memoryview(begin))

@@ -19,8 +19,8 @@ from mesh_transformer.checkpoints.source import PARAMS, Array, Counts, Key
 from mesh_transformer.checkpoints.tensors import Tensor, tensors
 from mesh_transformer.config import ModelConfig
 
-_TABLE = Key(PARAMS, "decoder/embed/embeddings")
-_TABLE_BIAS = Key(PARAMS, "decoder/embed/b")
+TABLE = Key(PARAMS, "decoder/embed/embeddings")
+TABLE_BIAS = Key(PARAMS, "decoder/embed/b")
 _LISTED = 6  # arrays that a message names of each kind of problem
 
 
@@ -89,8 +89,8 @@ class NamedSource:
             key: Array(ours[key], stored[tensor.name].array.dtype)
             for key, tensor in self._places.items()
         }
-        if _TABLE_BIAS in ours and _TABLE_BIAS not in self.arrays:
-            self.arrays[_TABLE_BIAS] = Array(ours[_TABLE_BIAS], self.arrays[_TABLE].dtype)
+        if TABLE_BIAS in ours and TABLE_BIAS not in self.arrays:
+            self.arrays[TABLE_BIAS] = Array(ours[TABLE_BIAS], self.arrays[TABLE].dtype)
         dtypes = " and ".join(sorted({array.dtype.name for array in self.arrays.values()}))
         self.about = f"{what}, {dtypes}"
 

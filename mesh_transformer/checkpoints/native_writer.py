@@ -227,7 +227,8 @@ class _PartsHandler(ocp.type_handlers.TypeHandler):
                     written = target.write(part, can_reference_source_data_indefinitely=True)
                     under_way += [asyncio.wrap_future(summed), written]
                     n_bytes += part.nbytes
-                    self._advance(part.nbytes)
+                    if value.keys[0].kind:  # not a count
+                        self._advance(part.nbytes)
                     del part
             await asyncio.gather(*under_way)
 

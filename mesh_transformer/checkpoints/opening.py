@@ -35,7 +35,9 @@ Format = Literal[
 ]
 
 UNFINISHED = "unfinished"
-"""Ends the name of a folder that is being written; of a file, in a folder of a bucket that is."""
+"""Ends the name of a folder that is being written; of a file in it, until all of it is there."""
+REPLACED = "replaced"
+"""Ends the name of an old folder while a new one takes its place."""
 
 _BY_FILES: dict[Format, Callable[[str], str | None]] = {
     "gguf": gguf_files.find,
@@ -73,6 +75,11 @@ def find(path: str) -> Found:
     path = path.rstrip("/") or "/"
     if path.endswith(f".{UNFINISHED}") or storage.exists(storage.join(path, UNFINISHED)):
         raise CheckpointError(f"{path} was never finished; write it again")
+    if path.endswith(f".{REPLACED}"):
+        raise CheckpointError(
+            f"{path} is what a conversion was replacing when it was stopped, perhaps in part: run "
+            "it again, or name the folder otherwise if you know it to be whole"
+        )
     if (folder := reading.locate(path)) is not None:
         return Found("native", folder)
     if (file := jaxseq.find(path)) is not None:
@@ -161,12 +168,20 @@ def stored_config(path: str) -> Config:
         ConfigError: It was saved by a release of the library whose configurations differ.
     """
     found = find(path)
+    return config_of(found, open_source(found, None))
+
+
+def config_of(found: Found, source: Source) -> Config:
+    """Return the configuration that a checkpoint holds which is open, as `stored_config`.
+
+    Raises:
+        ConfigError: See there.
+    """
     if found.format == "native":
-        return parse(reading.read_extra(found.folder)["config"], source=found.folder)
-    keys: dict[str, Any] = dict(open_source(found, None).known)
+        return parse(dict(source.known), source=found.folder)
     folder = folder_of(found.folder)
-    about = {"name": folder, "model_dir": folder, "tokenizer": folder}
-    return parse({**_NOT_TRAINED, **about, **keys}, source=found.folder)
+    about: dict[str, Any] = {"name": folder, "model_dir": folder, "tokenizer": folder}
+    return parse({**_NOT_TRAINED, **about, **source.known}, source=found.folder)
 
 
 def end_ids(path: str) -> tuple[int, ...]:

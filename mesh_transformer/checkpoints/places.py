@@ -1,8 +1,10 @@
 """Where a conversion writes: a folder on a local disk or in a bucket, which is whole or not there.
 
-target.unfinished/    on a disk: what is being written, beside its place, and then renamed
-target.replaced/      on a disk: what was there, between two renames
-target/unfinished     in a bucket, which cannot rename: the marker of what is not whole
+target.unfinished/            on a disk: what is being written, beside its place, and then renamed
+target.unfinished/unfinished  the marker of what a conversion has begun
+target.replaced/              on a disk: what was there, between two renames and until it is gone
+target.replaced/unfinished    the marker again, once the new folder is in its place
+target/unfinished             in a bucket, which cannot rename: the marker of what is not whole
 """
 
 from __future__ import annotations
@@ -10,18 +12,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from mesh_transformer import buckets, storage
 from mesh_transformer.checkpoints import opening
 from mesh_transformer.checkpoints.layout import CheckpointError
-from mesh_transformer.checkpoints.opening import UNFINISHED
+from mesh_transformer.checkpoints.opening import REPLACED, UNFINISHED, Format
 from mesh_transformer.checkpoints.source import Source
 
 GIGABYTE = 10**9
 
-_REPLACED = "replaced"  # ends the name of an old folder while the new one takes its place
 _FULL = "make room there, or name a folder on another disk"
 _LOCKED = "name a folder in which you may write"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -29,6 +31,23 @@ _ADVICE = dict.fromkeys(_NO_ROOM, _FULL) | dict.fromkeys(
     (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST), _LOCKED
 )
 _MARK = "mesh-transformer writes here: while this file is there, what is beside it is not whole\n"
+_MADE_OF: Mapping[Format, str] = {
+    "native": r"checkpoints(/(damaged_)?step_\d+.*)?|metrics\.jsonl|tensorboard|wandb_id\.txt"
+    r"|about|state|files\.json|_CHECKPOINT_METADATA|commit_success\.txt",
+    "original": r"shard_\d+",
+    "huggingface": r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+    r"|(generation_|tokenizer_)?config\.json|(tokenizer|vocab|added_tokens|special_tokens_map)\.json"
+    r"|(merges|vocab)\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.(json|jinja)"
+    r"|additional_chat_templates|\.gitattributes|README\.md|LICENSE|USE_POLICY\.md",
+    "jaxseq": r"params\.msgpack|config\.json",
+    "zero-transformer": r"params_\d+(\.pth)?|model_config\.yaml",
+    "cerebras": r"checkpoint_\d+\.mdl|params\.yaml",
+}
+"""What lies in a folder of each format that a conversion writes, and in the published ones."""
+_TOLD_BY: Mapping[Format, str] = {
+    "zero-transformer": "model_config.yaml", "cerebras": "params.yaml",
+}  # fmt: skip
+"""What lies beside files that are written, where a name alone makes a checkpoint of any file."""
 
 
 def check_apart(output: str, source: Source) -> None:
@@ -64,8 +83,6 @@ def becoming(folder: str, needed: int, *, overwrite: bool) -> Iterator[str]:
         yield from _in_bucket(folder, overwrite=overwrite)
         return
     folder = os.path.realpath(folder)
-    _take_back(folder)
-    _check_free(folder, overwrite=overwrite)
     with _told_by_name(folder):
         yield from _beside(folder, needed, overwrite=overwrite)
 
@@ -78,7 +95,37 @@ def _check_free(folder: str, *, overwrite: bool) -> None:
         raise CheckpointError(
             f"{folder} is there already: delete it or name another, or give --overwrite"
         )
-    _check_replaceable(folder)
+    if not storage.children(folder):
+        if os.path.isdir(folder):
+            return
+        raise _irreplaceable(folder, "a file")
+    try:
+        format = opening.find(folder).format
+    except CheckpointError as error:
+        raise _irreplaceable(folder, "no checkpoint") from error
+    names = storage.children(folder)
+    if format not in _MADE_OF or _TOLD_BY.get(format, names[0]) not in names:
+        raise _irreplaceable(folder, "no checkpoint that is written here")
+    if others := _others(folder, _MADE_OF[format]):
+        raise _irreplaceable(folder, f"holds {others[0]}, which is no part of a checkpoint")
+
+
+def _irreplaceable(folder: str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} is there already and {what}, so --overwrite does not replace it: delete it or "
+        "name another"
+    )
+
+
+def _others(folder: str, made_of: str) -> list[str]:
+    """Name what lies in a folder beside what it is made of.
+
+    A mistyped path must not cost its contents: a home may hold the file of a checkpoint by chance.
+    """
+    inside = storage.join(folder, "checkpoints")
+    deeper = [f"checkpoints/{name}" for name in storage.children(inside)]
+    names = [*storage.children(folder), *deeper]
+    return [name for name in names if not re.fullmatch(made_of, name)]
 
 
 def _in_bucket(folder: str, *, overwrite: bool) -> Iterator[str]:
@@ -99,22 +146,9 @@ def _in_bucket(folder: str, *, overwrite: bool) -> Iterator[str]:
 def _is_ours(marker: str) -> bool:
     """Whether a conversion has left a marker; of another file of its name nothing is known."""
     try:
-        return storage.read_text(marker) == _MARK
-    except FileNotFoundError:
+        return storage.read_bytes(marker) == _MARK.encode()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return False
-
-
-def _check_replaceable(folder: str) -> None:
-    """Refuse to replace what is no checkpoint: a mistyped path must not cost its contents."""
-    if os.path.isdir(folder) and not os.listdir(folder):
-        return
-    try:
-        opening.find(folder)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{folder} is there already and no checkpoint, so --overwrite does not replace it: "
-            "delete it or name another"
-        ) from error
 
 
 def _beside(folder: str, needed: int, *, overwrite: bool) -> Iterator[str]:
@@ -122,48 +156,98 @@ def _beside(folder: str, needed: int, *, overwrite: bool) -> Iterator[str]:
     beside = f"{folder}.{UNFINISHED}"
     os.makedirs(beside, exist_ok=True)
     with storage.alone(beside, f"another process is writing {folder}: wait for it, or end it"):
-        for left in os.scandir(beside):  # by a conversion that was killed
-            if left.is_dir(follow_symlinks=False):
-                shutil.rmtree(left)
-            else:
-                os.unlink(left)
-        yield from _replacing(folder, beside, needed, overwrite=overwrite)
+        _mark(folder, beside)
+        try:
+            _remove_replaced(folder)
+            _check_free(folder, overwrite=overwrite)
+            _remove_but_marker(beside)
+            _check_room(folder, beside, needed)
+            yield beside
+            _replace(folder, beside, overwrite=overwrite)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+        _remove_replaced(folder)  # by now another process may have begun to write beside
 
 
-def _replacing(folder: str, beside: str, needed: int, *, overwrite: bool) -> Iterator[str]:
-    try:
-        free = shutil.disk_usage(beside).free
-        if free < needed:
-            raise CheckpointError(
-                f"{folder} needs {needed / GIGABYTE:.1f} GB, but {free / GIGABYTE:.1f} GB are free "
-                "there: name a folder on another disk"
-            )
-        yield beside
-        storage.sync(beside)
-        if storage.exists(folder):
-            if not overwrite:
-                raise CheckpointError(
-                    f"{folder} came to be there meanwhile: delete it or name another, or give "
-                    "--overwrite"
-                )
-            replaced = f"{folder}.{_REPLACED}"
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.rename(folder, replaced)
-            os.rename(beside, folder)
-            shutil.rmtree(replaced)
-        else:
-            os.rename(beside, folder)
-        storage.sync_folder(os.path.dirname(folder))
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+def _mark(folder: str, beside: str) -> None:
+    """Mark a folder as one to write in, if all that is in it has been left by a conversion.
+
+    What is not marked any more was left between the renames, where the old folder has no name.
+    """
+    marker = storage.join(beside, UNFINISHED)
+    if _is_ours(marker):
+        return
+    if others := _others(beside, "|".join(_MADE_OF.values())):
+        raise CheckpointError(
+            f"{beside}, where all is written before it is whole, holds {others[0]}, which no "
+            "conversion has left there: move it away"
+        )
+    if os.listdir(beside):
         _take_back(folder)
+    storage.write_text_atomically(marker, _MARK)
+
+
+def _check_room(folder: str, beside: str, needed: int) -> None:
+    """Refuse where the new folder, or the old one while it is replaced, would have no place."""
+    replaced = f"{folder}.{REPLACED}"
+    if os.path.lexists(folder) and os.path.lexists(replaced):
+        raise CheckpointError(
+            f"{replaced} is in the way: while {folder} is replaced it gets that name; move it away"
+        )
+    free = shutil.disk_usage(beside).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder} needs {needed / GIGABYTE:.1f} GB, but {free / GIGABYTE:.1f} GB are free "
+            "there: name a folder on another disk"
+        )
+
+
+def _replace(folder: str, beside: str, *, overwrite: bool) -> None:
+    """Put a whole folder in its place."""
+    replaced = f"{folder}.{REPLACED}"
+    storage.sync(beside)
+    os.unlink(storage.join(beside, UNFINISHED))
+    is_there = storage.exists(folder)
+    if is_there and not overwrite:
+        raise CheckpointError(
+            f"{folder} came to be there meanwhile: delete it or name another, or give --overwrite"
+        )
+    _check_free(folder, overwrite=overwrite)
+    try:
+        if is_there:
+            os.rename(folder, replaced)
+        os.rename(beside, folder)
+    finally:
+        if is_there:
+            _take_back(folder)
+    storage.sync_folder(os.path.dirname(folder))
+    if is_there:
+        storage.write_text_atomically(storage.join(replaced, UNFINISHED), _MARK)
 
 
 def _take_back(folder: str) -> None:
     """Undo half of a replacement: one that was killed, or failed, between its two renames."""
-    replaced = f"{folder}.{_REPLACED}"
+    replaced = f"{folder}.{REPLACED}"
     if os.path.isdir(replaced) and not os.path.lexists(folder):
         os.rename(replaced, folder)
+
+
+def _remove_replaced(folder: str) -> None:
+    """Remove what was replaced, also where a conversion was killed that had begun to."""
+    replaced = f"{folder}.{REPLACED}"
+    if _is_ours(storage.join(replaced, UNFINISHED)):
+        _remove_but_marker(replaced)
+        shutil.rmtree(replaced)
+
+
+def _remove_but_marker(folder: str) -> None:
+    """Remove what a conversion has left in a folder; the marker tells of it to the last."""
+    for left in os.scandir(folder):
+        if left.is_dir(follow_symlinks=False):
+            shutil.rmtree(left)
+        elif left.name != UNFINISHED:
+            os.unlink(left)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,13 @@
 
 The original runs one program per shard: some parameters are cut into parts, of others every shard
 has a copy, which the forward pass sums, averages or, but for the first, ignores. `ROLES` says which
-by name; nothing is ever concluded from values. `merge` and `split` are each other's inverse.
+by name; nothing is ever concluded from values.
+
+Parts put together, copies of which one is used and means of equal weights are exact. A sum of n
+copies is rounded to the array's dtype, and so is its n-th part, which each gets: to split and then
+merge, or the other way round, changes no bit if n is a power of two (unless a part is too small for
+all its digits, as float16's may be), and else perhaps the last one. So it is with moments that are
+scaled: of gathered parts and of averages.
 
 Moments follow from what the original's gradients are. Each summed copy has the gradient of the sum;
 of a norm's copies only the first, which is the one used, has any; an averaged copy has its part of
@@ -181,7 +187,7 @@ def merge_copies(role: Role, kind: str, copies: Sequence[np.ndarray], what: str)
 def copy_for(
     role: Role, kind: str, name: str, whole: np.ndarray, shard: int, n_shards: int
 ) -> np.ndarray:
-    """Make a shard's copy of an array; merged again, the copies give the array.
+    """Make a shard's copy of an array; merged, they give the array, as exactly as sums are.
 
     Copies that are not used hold what the original leaves there: what they began with.
     """

@@ -23,6 +23,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
+from mesh_transformer import storage
 from mesh_transformer.data import DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -89,7 +90,7 @@ class Tokenizer(Protocol):
 
 
 def load(name: str) -> Tokenizer:
-    """Return the tokenizer called `name`: gpt2, bytes, a path, or a Hugging Face repository.
+    """Return the tokenizer called `name`: gpt2, bytes, a path or URL, or a Hugging Face repository.
 
     Raises:
         DataError: There is no such tokenizer, or it cannot be had here.
@@ -98,7 +99,7 @@ def load(name: str) -> Tokenizer:
         return Bytes()
     if name == "gpt2":
         return _gpt2()
-    path = Path(name)
+    path = Path(storage.with_small_files_here(name) if storage.is_remote(name) else name)
     if path.is_dir():
         if not (path / "tokenizer.json").is_file():
             raise DataError(

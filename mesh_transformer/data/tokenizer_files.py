@@ -48,11 +48,7 @@ def write(folder: str, tokenizer: Tokenizer, n_vocab: int, *, start_id: int | No
     Raises:
         DataError: The tokenizer has more ids than the model, or no files of its own.
     """
-    if tokenizer.n_tokens > n_vocab:
-        raise DataError(
-            f"tokenizer {tokenizer.name} has {tokenizer.n_tokens} ids, the model's vocabulary "
-            f"{n_vocab} (n_vocab); name the tokenizer that the model was trained with"
-        )
+    check(tokenizer, n_vocab)
     if isinstance(tokenizer, Bytes):
         _write_made(folder, _bytes(), tokenizer, _FAST)
     elif isinstance(tokenizer, Subwords) and tokenizer.name == "gpt2":
@@ -169,6 +165,19 @@ def _write_made(
     storage.write_text_atomically(storage.join(folder, "tokenizer.json"), backend.to_str())
     _write_json(folder, "tokenizer_config.json", config)
     _write_json(folder, "special_tokens_map.json", ends)
+
+
+def check(tokenizer: Tokenizer, n_vocab: int) -> None:
+    """Refuse a tokenizer that cannot be this model's; known before anything is written.
+
+    Raises:
+        DataError: The tokenizer has more ids than the model.
+    """
+    if tokenizer.n_tokens > n_vocab:
+        raise DataError(
+            f"tokenizer {tokenizer.name} has {tokenizer.n_tokens} ids, the model's vocabulary "
+            f"{n_vocab} (n_vocab); name the tokenizer that the model was trained with"
+        )
 
 
 def _copy(folder: str, tokenizer: Subwords) -> None:

@@ -70,6 +70,21 @@ def test_logits_are_those_of_transformers(name: str, folders: Any) -> None:
     assert source.known["seq"] == peers.SEQ
 
 
+@pytest.mark.parametrize("name", PEERS)
+def test_losses_on_a_mesh_are_those_of_transformers(name: str, folders: Any) -> None:
+    """Of every token, by the full forward pass."""
+    worker = Worker(config_of(folders(name), 4), jax.devices()[:8])
+    worker.load_weights(folders(name))
+    tokens_BT1 = np.concatenate([TOKENS_BT, TOKENS_BT[:, :1]], axis=1)
+    seen = worker.evaluate(tokens_BT1)
+    theirs_BTV = peers.logits(model_of(name), TOKENS_BT).astype(np.float64)
+    sums_BT = np.log(np.exp(theirs_BTV).sum(-1))
+    targets_BT = tokens_BT1[:, 1:]
+    at_targets_BT = np.take_along_axis(theirs_BTV, targets_BT[..., None], -1)[..., 0]
+    np.testing.assert_allclose(seen.loss_BT, sums_BT - at_targets_BT, rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(seen.correct_BT, theirs_BTV.argmax(-1) == targets_BT)
+
+
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=str)
 @pytest.mark.parametrize("name", PEERS)
 def test_greedy_decoding_is_that_of_transformers(
