@@ -26,7 +26,7 @@ from mesh_transformer.checkpoints.fitting import WithVocabulary, fitted, n_bytes
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.npz import BFLOAT16
 from mesh_transformer.checkpoints.places import GIGABYTE
-from mesh_transformer.checkpoints.source import Source
+from mesh_transformer.checkpoints.source import TABLE_BIAS, Source
 from mesh_transformer.config import Config
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
@@ -78,7 +78,7 @@ def plan(source: Source, what: Conversion) -> Plan:
         dtype = dtype or weights_dtype(source)
     moments = what.format in ("native", "original") and source.counts is not None
     total = n_bytes(source, dtype, moments=moments)
-    if what.format == "hf" and (bias := source.arrays.get(huggingface.TABLE_BIAS)):
+    if what.format == "hf" and (bias := source.arrays.get(TABLE_BIAS)):
         assert dtype is not None
         total -= bias._replace(dtype=dtype).n_bytes  # it goes into the table
     return Plan(dtype, moments, total)

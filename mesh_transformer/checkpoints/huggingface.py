@@ -26,18 +26,14 @@ from mesh_transformer.checkpoints.family import Family
 from mesh_transformer.checkpoints.fitting import cast, fitted
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.named import NamedSource, Stored
-from mesh_transformer.checkpoints.source import PARAMS, Array, Key, Source
+from mesh_transformer.checkpoints.source import TABLE, TABLE_BIAS, Array, Source
 from mesh_transformer.checkpoints.tensors import tensors
 from mesh_transformer.config import ModelConfig
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SHARD_BYTES = 5 * 10**9
 
-TABLE_BIAS = Key(PARAMS, "decoder/embed/b")
-"""Ours, which is added to the table when written."""
-
 _SAFETENSORS, _PYTORCH, _INDEX = "model.safetensors", "pytorch_model.bin", ".index.json"
-_TABLE = Key(PARAMS, "decoder/embed/embeddings")
 _ROWS_AT_A_TIME = 256  # of the embedding, in float32 while the bias is added
 
 
@@ -162,7 +158,7 @@ def write(
 
     def read(name: str) -> np.ndarray:
         tensor = listed[name]
-        if tensor.keys == (_TABLE,) and TABLE_BIAS in source.arrays:
+        if tensor.keys == (TABLE,) and TABLE_BIAS in source.arrays:
             return _embedding(source, dtype)
         whole = np.empty(tensor.shape if len(tensor.keys) > 1 else 0, dtype)
         for key in tensor.keys:
@@ -203,9 +199,9 @@ def _in_files(arrays: Mapping[str, Array], shard_bytes: int) -> dict[str, dict[s
 
 def _embedding(source: Source, dtype: np.dtype[Any]) -> np.ndarray:
     """Return the embedding `[V, D]` with the bias in it, added in float32."""
-    what = f"{_TABLE} in {source.where}"
+    what = f"{TABLE} in {source.where}"
     bias_D = source.read(TABLE_BIAS).astype(np.float32)
-    table_VD = source.read(_TABLE)
+    table_VD = source.read(TABLE)
     if not bias_D.any():  # adding it would make -0 into 0
         return cast(table_VD, dtype, what)
     result_VD = np.empty(table_VD.shape, dtype)

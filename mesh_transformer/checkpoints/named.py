@@ -14,14 +14,10 @@ import numpy as np
 
 from mesh_transformer.checkpoints.family import Family
 from mesh_transformer.checkpoints.fitting import model_arrays
-from mesh_transformer.checkpoints.layout import CheckpointError
-from mesh_transformer.checkpoints.source import PARAMS, Array, Counts, Key
+from mesh_transformer.checkpoints.layout import CheckpointError, first_of
+from mesh_transformer.checkpoints.source import TABLE, TABLE_BIAS, Array, Counts, Key
 from mesh_transformer.checkpoints.tensors import Tensor, tensors
 from mesh_transformer.config import ModelConfig
-
-_TABLE = Key(PARAMS, "decoder/embed/embeddings")
-_TABLE_BIAS = Key(PARAMS, "decoder/embed/b")
-_LISTED = 6  # arrays that a message names of each kind of problem
 
 
 class Stored(Protocol):
@@ -89,8 +85,8 @@ class NamedSource:
             key: Array(ours[key], stored[tensor.name].array.dtype)
             for key, tensor in self._places.items()
         }
-        if _TABLE_BIAS in ours and _TABLE_BIAS not in self.arrays:
-            self.arrays[_TABLE_BIAS] = Array(ours[_TABLE_BIAS], self.arrays[_TABLE].dtype)
+        if TABLE_BIAS in ours and TABLE_BIAS not in self.arrays:
+            self.arrays[TABLE_BIAS] = Array(ours[TABLE_BIAS], self.arrays[TABLE].dtype)
         dtypes = " and ".join(sorted({array.dtype.name for array in self.arrays.values()}))
         self.about = f"{what}, {dtypes}"
 
@@ -131,11 +127,4 @@ def _misfits(
             _ = stored[name].array
         except CheckpointError as error:
             unread.append(str(error))
-    return [text for kind in (missing, extra, wrong, sorted(unread)) for text in _some(kind)]
-
-
-def _some(problems: Iterable[str]) -> list[str]:
-    """Shorten a list for a message."""
-    listed = list(problems)
-    more = [f"and {len(listed) - _LISTED} more like it"] if len(listed) > _LISTED else []
-    return listed[:_LISTED] + more
+    return [text for kind in (missing, extra, wrong, sorted(unread)) for text in first_of(kind)]
