@@ -8,7 +8,6 @@ not copied are skipped without it.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +17,6 @@ import pytest
 from mesh_transformer import config
 
 HERE = Path(__file__).parent / "data" / "original"
-ELSEWHERE = Path(
-    os.environ.get("ORIGINAL_FIXTURES") or Path(__file__).parents[2] / "shared" / "fixtures"
-)
 COPIED = {
     "C_t5": "slim", "E_scalenorm": "full", "E_rmsnorm_mp4": "full", "E_layernorm-nobias": "full",
 }  # fmt: skip
@@ -55,7 +51,7 @@ def find(name: str, size: str) -> Step:
     if COPIED.get(name) == size:
         folder = HERE / name
         return Step(folder / "step_20", json.loads((folder / "leaves.json").read_text()), run)
-    folder = ELSEWHERE / name
+    folder = original.FOLDERS / name
     if not folder.exists():
         pytest.skip(f"{name} is not copied here, and ORIGINAL_FIXTURES names no folder with it")
     listed = json.loads((folder / f"{size}_leaves.json").read_text())

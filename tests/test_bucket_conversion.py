@@ -166,7 +166,7 @@ def test_what_can_be_refused_is_before_a_checkpoint_is_given_up_or_a_weight_read
 ) -> None:
     before = made()
     convert(before, f"{s3}/it", "hf")
-    config = small.parsed(tokenizer="bytes", head_bias="n_tokens" not in keys, **keys)
+    config = small.parsed(tokenizer="bytes", **keys)
     source = memory_source.of_model(config.model)
     what = Conversion(format="hf", n_vocab=n_vocab)
     with pytest.raises(UserError, match=told):

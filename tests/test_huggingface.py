@@ -315,7 +315,7 @@ def test_constants_are_passed_over_and_all_else_that_is_wrong_is_named_at_once(
         "BF16",
     ]
     change(folder, n_layer=9)
-    with pytest.raises(CheckpointError, match=r"\n  - and \d+ more like it"):
+    with pytest.raises(CheckpointError, match=r"\n  - and \d+ more"):
         HuggingFace(folder)
 
 

@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mesh_transformer.checkpoints.layout import CheckpointError
+from mesh_transformer.checkpoints.layout import CheckpointError, first_of
 from mesh_transformer.checkpoints.source import PARAMS, Array, Counts, Key, Source
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.network_rules import FREE, LENGTHS
-
-_SHOWN = 6  # of the arrays that differ; the message says how many more
 
 
 class Mean:
@@ -67,8 +65,7 @@ def _differences(one: Source, other: Source) -> list[str]:
         for key in sorted(ours.keys() | theirs.keys(), key=str)
         if ours.get(key) != theirs.get(key)
     ]
-    more = [f"and {len(arrays) - _SHOWN} more"] if len(arrays) > _SHOWN else []
-    return [*keys, *arrays[:_SHOWN], *more]
+    return [*keys, *first_of(arrays)]
 
 
 def _shapes(source: Source) -> dict[Key, list[int]]:

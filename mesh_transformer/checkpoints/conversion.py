@@ -31,10 +31,9 @@ from mesh_transformer.checkpoints.fitting import (
 )
 from mesh_transformer.checkpoints.foreign import FOREIGN
 from mesh_transformer.checkpoints.layout import CheckpointError
-from mesh_transformer.checkpoints.named import TABLE_BIAS
 from mesh_transformer.checkpoints.npz import BFLOAT16
 from mesh_transformer.checkpoints.places import GIGABYTE
-from mesh_transformer.checkpoints.source import Source
+from mesh_transformer.checkpoints.source import TABLE_BIAS, Source
 from mesh_transformer.config import Config
 
 Format = Literal[

@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from mesh_transformer.checkpoints.layout import CheckpointError, by_path
-from mesh_transformer.checkpoints.source import MU, NU, PARAMS, Array, Counts, Key, Source
+from mesh_transformer.checkpoints.layout import CheckpointError, by_path, first_of
+from mesh_transformer.checkpoints.source import MU, NU, PARAMS, TABLE, Array, Counts, Key, Source
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.decoder import make_model
 from mesh_transformer.model.layers import PADDING_BIAS
 
 _POSITIONS = "decoder/positions/embeddings"
-_VOCAB_AXIS = {"decoder/embed/embeddings": 0, "decoder/unembed/w": 1, "decoder/unembed/b": 0}
+_VOCAB_AXIS = {TABLE.path: 0, "decoder/unembed/w": 1, "decoder/unembed/b": 0}
 
 _logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def fitted(source: Source, model: ModelConfig) -> Source:
         CheckpointError: It lacks arrays of the model, or has others; every one is listed. Or rows
             that pad its vocabulary would be taken for tokens, or positions are missing.
     """
-    table = source.arrays.get(Key(PARAMS, "decoder/embed/embeddings"))
+    table = source.arrays.get(TABLE)
     if table and len(table.shape) == 2 and table.shape[0] < model.n_vocab:
         if not model.head_bias and model.n_tokens > table.shape[0]:
             raise CheckpointError(
@@ -88,9 +88,8 @@ def fitted(source: Source, model: ModelConfig) -> Source:
             for key, value in source.known.items()
             if key in ours and ours[key] != value
         ]
-        more = [f"and {len(problems) - 6} more"] if len(problems) > 6 else []
         heading = f"{source.where} does not fit the configuration:"
-        raise CheckpointError("\n  - ".join([heading, *problems[:6], *more, *keys]))
+        raise CheckpointError("\n  - ".join([heading, *first_of(problems), *keys]))
     return source
 
 

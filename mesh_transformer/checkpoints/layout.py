@@ -54,6 +54,11 @@ CHUNK_BYTES = 128 * 2**20  # bounds what must be fetched to read part of an arra
 FILE_BYTES = 2**30  # when Orbax begins another file of arrays
 BY_LAYER_BYTES = 2**20  # a layer's part from which on it is stored by itself
 
+MOMENT = re.compile(r"opt_state/(\d+)/(mu|nu)/(.+)")
+COUNT = re.compile(r"opt_state/(\d+)/count")
+"""Paths of an optimizer's state: the number is that of the part of it."""
+
+_LISTED = 6  # problems of a kind that a message names
 _FILES = "files.json"
 _CHECKSUM_BYTES = 2**20  # of files up to this length; the arrays in longer ones have fingerprints
 _DAMAGE = re.compile("DATA_LOSS")
@@ -279,6 +284,12 @@ def make_writer(
 def about_handler() -> ocp.JsonCheckpointHandler:
     """Make what writes and reads `about/about.json`."""
     return ocp.JsonCheckpointHandler(filename="about.json")
+
+
+def first_of(problems: Sequence[str]) -> list[str]:
+    """Shorten a list for a message."""
+    more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+    return [*problems[:_LISTED], *more]
 
 
 @contextlib.contextmanager

@@ -14,14 +14,10 @@ import numpy as np
 
 from mesh_transformer.checkpoints.family import Family
 from mesh_transformer.checkpoints.fitting import model_arrays
-from mesh_transformer.checkpoints.layout import CheckpointError
-from mesh_transformer.checkpoints.source import PARAMS, Array, Counts, Key
+from mesh_transformer.checkpoints.layout import CheckpointError, first_of
+from mesh_transformer.checkpoints.source import TABLE, TABLE_BIAS, Array, Counts, Key
 from mesh_transformer.checkpoints.tensors import Tensor, tensors
 from mesh_transformer.config import ModelConfig
-
-TABLE = Key(PARAMS, "decoder/embed/embeddings")
-TABLE_BIAS = Key(PARAMS, "decoder/embed/b")
-_LISTED = 6  # arrays that a message names of each kind of problem
 
 
 class Stored(Protocol):
@@ -131,11 +127,4 @@ def _misfits(
             _ = stored[name].array
         except CheckpointError as error:
             unread.append(str(error))
-    return [text for kind in (missing, extra, wrong, sorted(unread)) for text in _some(kind)]
-
-
-def _some(problems: Iterable[str]) -> list[str]:
-    """Shorten a list for a message."""
-    listed = list(problems)
-    more = [f"and {len(listed) - _LISTED} more like it"] if len(listed) > _LISTED else []
-    return listed[:_LISTED] + more
+    return [text for kind in (missing, extra, wrong, sorted(unread)) for text in first_of(kind)]

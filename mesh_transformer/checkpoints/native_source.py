@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +10,8 @@ import numpy as np
 from mesh_transformer.checkpoints import layout, reading
 from mesh_transformer.checkpoints.fingerprint import as_digits, box_sum
 from mesh_transformer.checkpoints.pieces import Pieces
-from mesh_transformer.checkpoints.source import MU, NU, PARAMS, Array, Counts, Key
+from mesh_transformer.checkpoints.source import MU, PARAMS, Array, Counts, Key
 from mesh_transformer.config import recorded
-
-_MOMENT = re.compile(r"opt_state/\d+/(mu|nu)/(.+)")
-_COUNT = re.compile(r"opt_state/(\d+)/count")
 
 
 class NativeSource:
@@ -104,11 +100,11 @@ class NativeSource:
         """Tell Adam's count from the schedule's: it stands beside the moments."""
         if not any(key.kind == MU for key in self.arrays):
             return None
-        (adam,) = {path.split("/")[1] for path in self._stored if _MOMENT.fullmatch(path)}
+        (adam,) = {path.split("/")[1] for path in self._stored if layout.MOMENT.fullmatch(path)}
         counts = {
             match[1]: int(self._pieces.read(path, ()))
             for path in self._stored
-            if (match := _COUNT.fullmatch(path))
+            if (match := layout.COUNT.fullmatch(path))
         }
         of_adam = counts.pop(adam)
         return Counts(of_adam, next(iter(counts.values()), of_adam))
@@ -118,6 +114,6 @@ def _kind(path: str) -> tuple[str | None, str]:
     """Tell what an array of a train state is, and its path among the weights."""
     if path.startswith("params/"):
         return PARAMS, path.removeprefix("params/")
-    if match := _MOMENT.fullmatch(path):
-        return {"mu": MU, "nu": NU}[match[1]], match[2]
+    if match := layout.MOMENT.fullmatch(path):
+        return match[2], match[3]
     return None, path

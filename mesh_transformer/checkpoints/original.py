@@ -20,8 +20,8 @@ import numpy as np
 from mesh_transformer import network_rules, storage
 from mesh_transformer.checkpoints import npz, roles
 from mesh_transformer.checkpoints.fitting import model_arrays
-from mesh_transformer.checkpoints.layout import CheckpointError
-from mesh_transformer.checkpoints.source import MU, NU, PARAMS, Array, Counts, Key
+from mesh_transformer.checkpoints.layout import CheckpointError, first_of
+from mesh_transformer.checkpoints.source import MU, NU, PARAMS, TABLE, Array, Counts, Key
 from mesh_transformer.config import ModelConfig
 
 N_FILES = 16
@@ -281,13 +281,12 @@ class Original:
             for leaf, array in zip(self._leaves, found, strict=True)
             if array.shape != leaf.part_shape(self.n_shards)
         ]
-        problems += [
+        shapes = [
             f"{leaf.name}: {list(array.shape)} in each of {self.n_shards} shard(s), "
             f"{list(leaf.part_shape(self.n_shards))} by the configuration"
-            for leaf, array in wrong[:4]
+            for leaf, array in wrong
         ]
-        if len(wrong) > 4:
-            problems.append(f"and {len(wrong) - 4} more")
+        problems += first_of(shapes)
         if wrong:
             problems += _keys_to_change(found, self._leaves, model, self.n_shards)
         return problems
@@ -335,7 +334,7 @@ def _keys_to_change(
 ) -> list[str]:
     """Name the keys whose values the arrays' shapes contradict."""
     by_path = {leaf.key: array.shape for leaf, array in zip(listed, found, strict=True)}
-    table = by_path.get(Key(PARAMS, "decoder/embed/embeddings"), ())
+    table = by_path.get(TABLE, ())
     ff = by_path.get(Key(PARAMS, "decoder/layers/block/ff/in/b", 0), ())
     query = by_path.get(Key(PARAMS, "decoder/layers/block/attention/q/w", 0), ())
     held: dict[str, int] = {}

@@ -6,7 +6,6 @@ array of our trees.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,11 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh_transformer.checkpoints.fitting import cast
-from mesh_transformer.checkpoints.layout import CheckpointError, by_path
+from mesh_transformer.checkpoints.layout import COUNT, MOMENT, CheckpointError, by_path
 from mesh_transformer.checkpoints.source import PARAMS, Key, Source
-
-_MOMENT = re.compile(r"opt_state/(\d+)/(mu|nu)/(.*)")
-_COUNT = re.compile(r"opt_state/(\d+)/count")
 
 
 def place_params(source: Source, wanted: Any, advance: Callable[[int], object]) -> Any:
@@ -49,12 +45,12 @@ def place_opt_state(source: Source, wanted: Any, advance: Callable[[int], object
             "(--fresh-opt)"
         )
     flat = by_path(wanted, "opt_state")
-    adam = {match[1] for path in flat if (match := _MOMENT.fullmatch(path))}
+    adam = {match[1] for path in flat if (match := MOMENT.fullmatch(path))}
     placed = []
     for path, leaf in flat.items():
-        if match := _MOMENT.fullmatch(path):
+        if match := MOMENT.fullmatch(path):
             placed.append(_placed(source, Key(match[2], match[3]), leaf, advance))
-        elif match := _COUNT.fullmatch(path):
+        elif match := COUNT.fullmatch(path):
             count = source.counts.adam if match[1] in adam else source.counts.schedule
             placed.append(jnp.full((), count, leaf.dtype, device=leaf.sharding))
         else:

@@ -13,8 +13,7 @@ import numpy as np
 
 from mesh_transformer.checkpoints.family import Family
 from mesh_transformer.checkpoints.fitting import cast, fitted
-from mesh_transformer.checkpoints.named import TABLE, TABLE_BIAS
-from mesh_transformer.checkpoints.source import Array, Source
+from mesh_transformer.checkpoints.source import TABLE, TABLE_BIAS, Array, Source
 from mesh_transformer.checkpoints.tensors import tensors
 from mesh_transformer.config import ModelConfig
 

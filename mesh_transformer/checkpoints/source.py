@@ -33,6 +33,11 @@ class Key(NamedTuple):
         return f"{self.kind}/{self.path}" + ("" if self.layer is None else f"[{self.layer}]")
 
 
+TABLE = Key(PARAMS, "decoder/embed/embeddings")
+TABLE_BIAS = Key(PARAMS, "decoder/embed/b")
+"""The embedding, and its bias, which other programs' models lack."""
+
+
 class Array(NamedTuple):
     """An array that is not read yet; its shape is that of one layer's, where layers are stacked."""
 

@@ -22,6 +22,7 @@ from mesh_transformer.pod.worker import Worker
 from mesh_transformer.session import Sampling
 
 pytestmark = pytest.mark.parity
+SLOW = pytest.mark.slow
 
 FLOAT32 = np.dtype(np.float32)
 TOKENS_BT = np.random.default_rng(1).integers(0, peers.N_VOCAB, (2, peers.SEQ), dtype=np.int32)
@@ -70,7 +71,13 @@ def test_logits_are_those_of_transformers(name: str, folders: Any) -> None:
     assert source.known["seq"] == peers.SEQ
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if "," not in name or name == "opt, as 125m" else pytest.param(name, marks=SLOW)
+        for name in PEERS
+    ],
+)
 def test_losses_on_a_mesh_are_those_of_transformers(name: str, folders: Any) -> None:
     """Of every token, by the full forward pass."""
     worker = Worker(config_of(folders(name), 4), jax.devices()[:8])

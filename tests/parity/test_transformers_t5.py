@@ -91,16 +91,20 @@ def their_logits(model: Any, sources_BS: np.ndarray, inputs_BT: np.ndarray) -> n
 def test_logits_and_losses_are_those_of_transformers(name: str, folders: Any) -> None:
     folder, tokens_BT1 = folders(name, 2), records()
     flat = config_of(folder).to_flat() | {"encoder_seq": S, "seq": T}
-    worker = Worker(parse(flat), jax.devices()[:1])
-    worker.load_weights(folder)
+    workers = [
+        Worker(parse(flat | {"cores_per_replica": mp}), jax.devices()[: dp * mp])
+        for dp, mp in ((1, 1), (2, 4))
+    ]
+    for worker in workers:
+        worker.load_weights(folder)
     sources_BS, inputs_BT, targets_BT = np.split(tokens_BT1[:, :-1], [S], axis=1) + [
         tokens_BT1[:, S + 1 :]
     ]
     theirs_BTV = their_logits(peer(name, 2), sources_BS, inputs_BT)
     assert np.abs(theirs_BTV).max() > 0.5
-    apply = jax.jit(make_model(worker.config.model).apply, compiler_options=small.COMPILED_FAST)
+    apply = jax.jit(make_model(workers[0].config.model).apply, compiler_options=small.COMPILED_FAST)
     positions_BT = jnp.arange(T)[None]
-    ours_BTV, _ = apply(worker.state.params, inputs_BT, positions_BT, sources_BS=sources_BS)
+    ours_BTV, _ = apply(workers[0].state.params, inputs_BT, positions_BT, sources_BS=sources_BS)
     np.testing.assert_allclose(ours_BTV, theirs_BTV, rtol=0, atol=1e-4)
     losses_BT = torch.nn.functional.cross_entropy(
         torch.tensor(theirs_BTV).flatten(0, 1),
@@ -108,10 +112,11 @@ def test_logits_and_losses_are_those_of_transformers(name: str, folders: Any) ->
         reduction="none",
         ignore_index=0,
     ).reshape(2, T)
-    seen = worker.evaluate(tokens_BT1)
-    np.testing.assert_allclose(seen.loss_BT, losses_BT, rtol=0, atol=1e-4)
     right_BT = (theirs_BTV.argmax(-1) == targets_BT) & (targets_BT != 0)
-    np.testing.assert_array_equal(seen.correct_BT, right_BT)
+    for worker in workers:
+        seen = worker.evaluate(tokens_BT1)
+        np.testing.assert_allclose(seen.loss_BT, losses_BT, rtol=0, atol=1e-4)
+        np.testing.assert_array_equal(seen.correct_BT, right_BT)
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=str)
