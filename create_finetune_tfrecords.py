@@ -19,7 +19,8 @@ Turn text into a data set for training: tokenise documents, shuffle them, cut th
 The input is a file or a folder of files: .txt, .jsonl, .jsonl.zst, .xz or .tar.gz. A text is a
 document, or several with the tokenizer's end of text (<|endoftext|>) between them; a line of JSON
 is a string or an object with "text"; every file in an archive is a text. Every document is ended
-by an end of text, and begun as its tokenizer's files say. With --encoder-seq lines of JSON are
+by an end of text, and begun as its tokenizer's files say. The names of other special tokens, such
+as <s>, are ordinary text. With --encoder-seq lines of JSON are
 objects with "in_text" and "out_text", and a sequence is one pair of them. Writes
 NAME_{number of sequences}.tfrecords, a .json file beside it that says how it was made, and
 NAME.index, which is what train_set and val_set of a configuration name.

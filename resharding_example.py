@@ -27,7 +27,7 @@ def main() -> int:
     add("--input", required=True, nargs="+", metavar="PATH", help="to read; of several, their mean")
     add("--config", help="of the run that wrote it; mesh-transformer-jax's hold none")
     add("--output", metavar="PATH", help="folder to write, of one checkpoint; of a run for native")
-    formats = ("native", "original", "slim", "hf")
+    formats = ("native", "original", "slim", "hf", "jaxseq", "zero", "zero-torch", "cerebras")
     add("--format", choices=formats, default="original", help="slim: weights alone; %(default)s")
     add("--shards", type=int, default=1, metavar="N", help="of original and slim; %(default)s")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights; as they are")

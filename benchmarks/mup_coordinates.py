@@ -68,10 +68,11 @@ def measured(width: int, *, mup: bool, steps: tuple[int, ...] = STEPS) -> Sizes:
     tokens_BT = jnp.asarray(tokens_ABT1[0, :, :-1])
     state, sizes = compiled_steps.init(jax.random.key(SEED)), Sizes([], [])
     for step in range(max(steps) + 1):
+        if step > 0:
+            state, _ = compiled_steps.train(state, tokens_ABT1, None)
         if step in steps:
             sizes.features.append(size(features(state.params, tokens_BT, run.model)))
             sizes.logits.append(size(outputs(state.params, tokens_BT, run.model)))
-        state, _ = compiled_steps.train(state, tokens_ABT1, None)
     return sizes
 
 

@@ -25,7 +25,7 @@ import json
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from mesh_transformer.data import tokenizer
 from mesh_transformer.model.decoder import make_model
 from mesh_transformer.pod.devices import host_devices
 from mesh_transformer.pod.worker import Worker
-from mesh_transformer.session import Sampling
+from mesh_transformer.session import Sampling, Session
 from mesh_transformer.training import loop
 
 ROOT = Path(__file__).parent.parent
@@ -118,13 +118,13 @@ def same_continuations(worker: Worker, peer: Any, folder: str, n_new: int = 20) 
     return n_same
 
 
-def loss_of(worker: Worker, run: config.Config) -> float:
-    """Return the validation loss in nats per token, over the batches that training looks at."""
-    batches = loop.Data(run, len(worker.mesh.devices.flat)).validation["val"]
-    seen = [
-        worker.evaluate(*batch).loss_BT for batch in itertools.islice(batches, run.run.val_batches)
-    ]
-    return float(np.mean(seen))
+def loss_of(session: Session, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Return the loss over some batches of tokens and masks, in nats per token."""
+    nats, n_tokens = 0.0, 0
+    for tokens_BT1, mask_BT in batches:
+        nats += float(session.evaluate(tokens_BT1, mask_BT).loss_BT.sum(dtype=np.float64))
+        n_tokens += int(mask_BT.sum())  # the last batch may be filled up
+    return nats / n_tokens
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -145,13 +145,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     worker, load = Worker(run, devices), transformers.AutoModelForCausalLM.from_pretrained
     worker.load_weights(args.folder)
     peer = load(args.folder, dtype=torch.float32).eval()
-    batch = next(iter(loop.Data(run, args.cores).validation["val"]))[0][:, :-1]
+    validation = loop.Data(run, args.cores).validation["val"]
+    batch = next(iter(validation))[0][:, :-1]
     apart = largest_difference(worker, peer, batch)
     print(f"mesh 1x{args.cores}, {worker.n_parameters:,} parameters")
     print(f"largest difference of logits: {apart:.1e}", flush=True)
     n_same = same_continuations(worker, peer, args.folder)
     print(f"equal greedy continuations: {n_same} of {len(PROMPTS)}", flush=True)
-    before = loss_of(worker, run)
+    before = loss_of(worker, itertools.islice(validation, run.run.val_batches))
 
     (args.output / "run.json").write_text(json.dumps(run.to_flat()))
     files = {"--config": args.output / "run.json", "--tune-model-path": args.folder}

@@ -127,6 +127,26 @@ def parse(mapping: Mapping[str, Any], source: str = "configuration") -> Config:
     return _parse(mapping, source, [])
 
 
+def recorded(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what keys meant that a run has recorded, perhaps by a release that had fewer.
+
+    Keys that are absent have their defaults, or what follows from the others; what is there stays,
+    sound or not. As `to_flat`, it leaves out what has no value.
+    """
+    values, _ = _completed(flat)
+    return {key: _plain(value) for key, value in values.items()} | dict(flat)
+
+
+def _completed(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the sound ones of the keys that are given or have defaults, and what is wrong."""
+    defaults = {
+        key: what.default
+        for key, what in KEYS.items()
+        if what.default is not dataclasses.MISSING and key not in mapping
+    }
+    return check({key: it for key, it in mapping.items() if key in KEYS} | defaults, KEYS)
+
+
 def _parse(mapping: Any, source: str, problems: list[str]) -> Config:
     if not isinstance(mapping, Mapping):
         raise ConfigError(source, [f"expected keys and values, got {schema.shown(mapping)}"])
@@ -137,10 +157,9 @@ def _parse(mapping: Any, source: str, problems: list[str]) -> Config:
         elif key not in KEYS:
             meant.update(schema.closest(key, KEYS))
             problems.append(f"unknown key {key!r}{schema.did_you_mean(key, KEYS)}")
-    given = {key: value for key, value in mapping.items() if key in KEYS}
-    defaults = {key: k.default for key, k in KEYS.items() if k.default is not dataclasses.MISSING}
-    problems += [f"missing key {key!r}" for key in KEYS if key not in {*given, *defaults, *meant}]
-    values, wrong = check(given | {k: v for k, v in defaults.items() if k not in given}, KEYS)
+    needed = {key for key, what in KEYS.items() if what.default is dataclasses.MISSING}
+    problems += [f"missing key {key!r}" for key in KEYS if key in needed - {*mapping, *meant}]
+    values, wrong = _completed(mapping)
     if problems + wrong:
         raise ConfigError(source, problems + wrong)
     for note in notes + relations.broken(rules.DOUBTFUL, values):

@@ -56,7 +56,8 @@ class ModelConfig(Section):
         pe_rotary_dims: Features of each head that rotary positions turn. Left out: all.
         pe_theta: Base of their wavelengths.
         pe_scaling: How they are stretched beyond the length they were trained with.
-        pe_scaling_factors: By how much, in the words of Hugging Face's `rope_scaling`.
+        pe_scaling_factors: By how much, in the words of Hugging Face's `rope_scaling`: those that
+            `position_rules` lists for each.
         pe_offset: Rows of the "fixed" table before that of the first position.
         pe_buckets: Of "t5": biases of a head. An encoder uses half of them for either direction.
         pe_max_distance: Of "t5": from where on all distances share one.
@@ -150,3 +151,13 @@ class ModelConfig(Section):
     dropout_residual: Rate = 0.0
     use_static_sgu: bool = False
     head_qk_trick: bool = False
+
+    @property
+    def d_mixed(self) -> int:
+        """Features that a static SGU mixes: the first half; without one 0."""
+        return self.d_model // 2 if self.use_static_sgu else 0
+
+    @property
+    def d_attended(self) -> int:
+        """Features that attention reads and writes: those that are not mixed."""
+        return self.d_model - self.d_mixed

@@ -10,21 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mesh_transformer.encoder_rules import ENCODER_RULES
+from mesh_transformer.position_rules import POSITION_RULES
 from mesh_transformer.relations import Rule, apply, divisors, next_multiple, unless
 from mesh_transformer.schema import shown
 
 TOKENIZER_SIZES = {"gpt2": 50257, "bytes": 257}
-
-# What each stretching of rotary positions needs to be told, as Hugging Face names it.
-SCALING_FACTORS = {
-    "none": (),
-    "linear": ("factor",),
-    "llama3": (
-        *("factor", "low_freq_factor", "high_freq_factor"),
-        "original_max_position_embeddings",
-    ),
-    "yarn": ("factor", "original_max_position_embeddings"),
-}
 
 MUP: dict[str, Any] = {
     **{"mup_base_d_model": 0, "mup_base_d_ff": 0, "mup_base_d_head": 0},
@@ -33,9 +23,24 @@ MUP: dict[str, Any] = {
 """The keys of muP, as they are in the standard parametrisation. They say how a model is trained;
 what it computes `attention_scale` and `output_scale` say, which follow from them."""
 
+FREE = frozenset({
+    *("n_tokens", "compute_dtype", "remat", "unroll", "attention", "z_loss", *MUP),
+    *("dropout_embedding", "dropout_attention", "dropout_residual"),
+})  # fmt: skip
+"""Keys that say how a model is computed, trained and sampled. All others say which function its
+weights are the weights of."""
+LENGTHS = frozenset({"seq", "encoder_seq"})
+"""But how much it is fed at most: of two checkpoints of one model these may differ."""
+
+
+def _odd(d_model: int) -> str:
+    return f"use_static_sgu halves d_model {d_model}, which is odd; change d_model"
+
 
 def _d_head(d_model: int, n_heads: int, use_static_sgu: bool = False) -> int:
     if use_static_sgu:
+        if d_model % 2:
+            raise ValueError(_odd(d_model))
         if d_model % (2 * n_heads):
             raise ValueError(
                 f"n_heads {n_heads} does not divide half of d_model {d_model}, which attention is "
@@ -149,7 +154,8 @@ def unlike(theirs: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
         except ValueError as error:
             problems.append(str(error))
             continue
-        if values[key] not in allowed:
+        # Of None: what it would follow from is unsound, and reported as such.
+        if values[key] not in allowed and allowed != (None,):
             there = " or ".join(map(shown, allowed))
             problems.append(f"{key} is {shown(values[key])}, {there} in mesh-transformer-jax")
     return problems
@@ -230,6 +236,7 @@ MUP_RULES: tuple[Rule, ...] = (
 IMPOSSIBLE: tuple[Rule, ...] = (
     _as_the_original,
     *ENCODER_RULES,
+    *POSITION_RULES,
     *MUP_RULES,
     lambda n_heads, cores_per_replica: unless(
         n_heads % cores_per_replica == 0,
@@ -252,11 +259,6 @@ IMPOSSIBLE: tuple[Rule, ...] = (
         f"{tpu_size // cores_per_replica} replicas ({tpu_size} devices / cores_per_replica "
         f"{cores_per_replica}), which do not divide it; set zero_stage to 0 or change d_model",
     ),
-    lambda pe, pe_rotary_dims, d_head: unless(
-        not pe.startswith("rotary") or (2 <= pe_rotary_dims <= d_head and pe_rotary_dims % 2 == 0),
-        f"pe_rotary_dims {pe_rotary_dims} must be an even number from 2 to d_head {d_head}, "
-        "since rotary positions turn pairs of features within a head",
-    ),
     lambda n_kv_heads, n_heads: unless(
         n_heads % n_kv_heads == 0,
         f"n_kv_heads {n_kv_heads} does not divide n_heads {n_heads}, so query heads cannot share "
@@ -275,11 +277,6 @@ IMPOSSIBLE: tuple[Rule, ...] = (
         f"zero_stage {zero_stage} cannot spread d_embed {d_embed} over "
         f"{tpu_size // cores_per_replica} replicas; set zero_stage to 0 or change d_embed",
     ),
-    lambda pe_scaling, pe_scaling_factors: unless(
-        set(SCALING_FACTORS[pe_scaling]) <= set(pe_scaling_factors),
-        f"pe_scaling {pe_scaling!r} needs pe_scaling_factors with "
-        f"{', '.join(SCALING_FACTORS[pe_scaling])}",
-    ),
     lambda residual, final_norm: unless(
         residual != "post-norm" or not final_norm,
         "residual 'post-norm' ends with a norm, so that final_norm must be false",
@@ -294,18 +291,10 @@ IMPOSSIBLE: tuple[Rule, ...] = (
         f"window_every {window_every} has no effect without a window; set window or leave "
         "window_every out",
     ),
-    lambda pe, pe_offset: unless(
-        pe == "fixed" or pe_offset == 0,
-        f"pe_offset {pe_offset} is of the table that pe 'fixed' has, and pe is {pe!r}; leave "
-        "pe_offset out",
-    ),
-    lambda pe, pe_theta: unless(
-        pe.startswith("rotary") or pe_theta == 10_000,
-        f"pe_theta {pe_theta} is of rotary positions, and pe is {pe!r}; leave pe_theta out",
-    ),
-    lambda pe, pe_scaling: unless(
-        pe.startswith("rotary") or pe_scaling == "none",
-        f"pe_scaling {pe_scaling!r} is of rotary positions, and pe is {pe!r}; leave pe_scaling out",
+    lambda window, window_every, layers: unless(
+        window == 0 or window_every <= layers,
+        f"window_every {window_every} is more than layers {layers}, so that no layer has the window"
+        f" of {window}; lower it to {layers} or less, or leave window and window_every out",
     ),
     lambda dropout_attention, attention: unless(
         dropout_attention == 0 or attention in ("auto", "xla"),
@@ -317,12 +306,17 @@ IMPOSSIBLE: tuple[Rule, ...] = (
         f"use_static_sgu splits what a parallel block reads, and residual is {residual!r}; set "
         "residual to 'parallel'",
     ),
-    lambda use_static_sgu, d_model, zero_stage, tpu_size=1, cores_per_replica=1: unless(
+    lambda use_static_sgu, d_model, d_head: unless(
+        not use_static_sgu or d_model % 2 == 0, _odd(d_model)
+    ),
+    lambda use_static_sgu, d_model, zero_stage, tpu_size, cores_per_replica: unless(
         not use_static_sgu
-        or d_model % (2 * (max(1, tpu_size // cores_per_replica) if zero_stage else 1)) == 0,
-        f"use_static_sgu halves d_model {d_model}, and zero_stage {zero_stage} spreads halves over "
-        f"{max(1, tpu_size // cores_per_replica)} replica(s), which do not divide them; change "
-        "d_model",
+        or zero_stage == 0
+        or d_model % 2 != 0
+        or d_model // 2 % max(1, tpu_size // cores_per_replica) == 0,
+        f"use_static_sgu halves d_model {d_model}, and zero_stage {zero_stage} cannot spread "
+        f"{d_model // 2} features over {tpu_size // cores_per_replica} replicas, which do not "
+        "divide them; set zero_stage to 0 or change d_model",
     ),
     lambda n_tokens, n_vocab: unless(
         n_tokens <= n_vocab,

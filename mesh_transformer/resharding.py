@@ -93,10 +93,16 @@ def write(
     tokens = _tokenizer_of(source, config) if what.format == "hf" else None
     n_vocab = what.n_vocab or config.model.n_vocab
     position = source.position if isinstance(source, NativeSource) else None
+    start_id = config.model.pad_id if config.model.encoder_layers else None
+
+    if what.format == "hf" and config.model.pe != "fixed":
+        _logger.info(
+            "config.json will say that the model has %d positions, the seq of the configuration",
+            config.model.seq,
+        )
 
     def write_tokenizer(folder: str) -> None:
         if tokens is not None:
-            start_id = config.model.pad_id if config.model.encoder_layers else None
             tokenizer_files.write(folder, tokens, n_vocab, start_id=start_id)
 
     if tokens is not None:
@@ -108,8 +114,7 @@ def write(
         what,
         position=position or Position().to_json(),
         overwrite=overwrite,
-        eot_id=None if tokens is None else tokens.eot_id,
-        bos_id=None if tokens is None else tokens.bos_id,
+        ids=tokenizer_files.special_ids(tokens, n_vocab, start_id=start_id) if tokens else None,
         write_tokenizer=write_tokenizer,
         stage=functools.partial(progress.stage, "Converting"),
     )

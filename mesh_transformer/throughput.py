@@ -30,8 +30,7 @@ def matmul_parameters(model: ModelConfig) -> int:
 
     With a static SGU attention reads and writes half of the features; Head-QK has two matrices.
     """
-    d_attended = model.d_model // 2 if model.use_static_sgu else model.d_model
-    attention = 2 * d_attended * (model.n_heads + model.n_kv_heads) * model.d_head
+    attention = 2 * model.d_attended * (model.n_heads + model.n_kv_heads) * model.d_head
     feed_forward = (3 if model.gated else 2) * model.d_model * model.d_ff
     projections = 2 * model.d_embed * model.d_model if model.d_embed != model.d_model else 0
     head = model.d_embed * model.n_vocab

@@ -6,7 +6,8 @@ from __future__ import annotations
 # Names that no file has yet are places kept free.
 ROWS: tuple[tuple[str, ...], ...] = (
     (
-        "errors schema relations encoder_rules network_rules rules sections network config",
+        "errors schema relations encoder_rules position_rules network_rules rules sections network"
+        " config",
         "session",
         "records",
     ),
@@ -15,8 +16,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
         "buckets storage noise_scale throughput progress trackers metrics_file metrics plot",
     ),
     (
-        "model model.positions model.dropout model.attention model.mup model.layers model.mixing"
-        " model.block model.copying model.weights model.loss model.sampling",
+        "model model.mup model.initial model.positions model.dropout model.attention model.layers"
+        " model.mixing model.block model.copying model.weights model.loss model.sampling",
     ),
     ("model.encoder model.decoder",),
     (
@@ -31,13 +32,16 @@ ROWS: tuple[tuple[str, ...], ...] = (
         " checkpoints.original_run checkpoints.fused"
         " checkpoints.safetensors checkpoints.pytorch checkpoints.family checkpoints.family_keys"
         " checkpoints.gpt_families checkpoints.llama_families checkpoints.t5_family"
-        " checkpoints.families checkpoints.tensors checkpoints.named checkpoints.huggingface"
-        " checkpoints.flax_files checkpoints.jaxseq checkpoints.zero_transformer"
-        " checkpoints.gguf_files checkpoints.cerebras checkpoints.placing checkpoints.opening"
-        " checkpoints.places checkpoints.conversion checkpoints.averaging checkpoints.deepening",
-        "data data.cleaning data.framing data.documents data.tokenizer data.tokenizer_files"
-        " data.packing data.pairs data.dataset data.tfrecord data.jsonl data.webdataset"
-        " data.encoding data.batches data.prepare",
+        " checkpoints.families checkpoints.tensors checkpoints.named checkpoints.renaming"
+        " checkpoints.huggingface checkpoints.flax_files checkpoints.flax_writer"
+        " checkpoints.jaxseq checkpoints.zero_transformer checkpoints.zero_writer"
+        " checkpoints.gguf_files checkpoints.cerebras_family checkpoints.cerebras"
+        " checkpoints.cerebras_writer checkpoints.foreign checkpoints.placing"
+        " checkpoints.opening checkpoints.places checkpoints.conversion checkpoints.averaging"
+        " checkpoints.deepening",
+        "data data.cleaning data.framing data.documents data.tokenizer data.borders"
+        " data.tokenizer_files data.packing data.pairs data.dataset data.tfrecord data.jsonl"
+        " data.webdataset data.encoding data.batches data.prepare",
     ),
     ("pod", "pod.checks pod.prompts pod.devices pod.worker pod.host"),
     ("pod.machines pod.cluster pod.startup pod.tpu_api pod.tpu_vm pod.slices",),

@@ -28,6 +28,7 @@ KINDS = [
     ("gs", "hf"),
     ("s3", "slim"),
     ("s3", "hf"),
+    ("gs", "jaxseq"),
 ]
 
 
@@ -152,7 +153,7 @@ def test_a_tokenizer_goes_along_from_a_bucket_to_a_bucket_and_to_a_disk(
             "the model cannot be written for transformers",
         ),
         (
-            {"n_tokens": 300, "n_vocab": 320},
+            {**small.VARIANTS["llama"], "n_tokens": 300, "n_vocab": 320},
             None,
             r"rows 300 to 319 of the vocabulary are padding \(n_tokens\)",
         ),
@@ -165,7 +166,7 @@ def test_what_can_be_refused_is_before_a_checkpoint_is_given_up_or_a_weight_read
 ) -> None:
     before = made()
     convert(before, f"{s3}/it", "hf")
-    config = small.parsed(tokenizer="bytes", head_bias="n_tokens" not in keys, **keys)
+    config = small.parsed(tokenizer="bytes", **keys)
     source = memory_source.of_model(config.model)
     what = Conversion(format="hf", n_vocab=n_vocab)
     with pytest.raises(UserError, match=told):

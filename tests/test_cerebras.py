@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import re
 from typing import Any
 
+import memory_source
 import named_arrays
 import numpy as np
 import pytest
+import source_logits
 import yaml
 
-from mesh_transformer.checkpoints import huggingface, opening
+from mesh_transformer.checkpoints import cerebras_writer, huggingface, opening
 from mesh_transformer.checkpoints.huggingface import HuggingFace
 from mesh_transformer.checkpoints.layout import CheckpointError
+from mesh_transformer.checkpoints.source import PARAMS, Key
 from mesh_transformer.config import ModelConfig
 
 torch: Any = pytest.importorskip("torch", reason="reads and writes PyTorch's own files")
@@ -48,6 +52,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "extra_attention_params": {"num_kv_groups": 2},
     },
 }
+BASE = {"mup_base_hidden_size": 16, "mup_base_filter_size": 64}
+"""Of muP: all are twice as wide."""
 NAMES = {
     **dict.fromkeys(("wte", "embed_in", "embed_tokens"), "embedding_layer.word_embeddings"),
     "wpe": "embedding_layer.position_embeddings",
@@ -147,6 +153,19 @@ def test_what_its_converter_makes_of_a_model_is_read_as_that_model(
     assert dict(source.known) == dict(expected.known)
     for key, value in expected.contents.items():
         np.testing.assert_array_equal(source.read(key), value, err_msg=str(key))
+    (tmp_path / "again").mkdir()
+    model = ModelConfig(**source.known)
+    cerebras_writer.write(
+        str(tmp_path / "again"), source, model, dtype=np.dtype(np.float32), advance=lambda n: None
+    )
+    theirs = torch.load(f"{folder}/checkpoint_7.mdl")
+    theirs = theirs["model"] if how == "model" else theirs
+    theirs = {re.sub("^model[.]", "", name): it for name, it in theirs.items()}
+    ours = torch.load(tmp_path / "again" / "checkpoint_7.mdl")
+    # The head is the embeddings, which the converter leaves out and the zoo's own files have twice.
+    assert ours.keys() - theirs.keys() <= ({"lm_head.weight"} if model.tie_embeddings else set())
+    for name, it in theirs.items():
+        np.testing.assert_array_equal(ours[name].numpy(), it.numpy(), err_msg=name)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -161,12 +180,75 @@ def test_and_becomes_a_hugging_face_folder_of_it(kind: str, tmp_path: pathlib.Pa
         np.testing.assert_array_equal(again.read(key), value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "given", "scales"),
+    [
+        ("gpt2", {}, (1, 1, 1)),
+        # As Cerebras-GPT's own, of releases up to 2.2.
+        (
+            "gpt2",
+            {"embeddings_scale": 10, "scale_qk_dot_by_d": True, "output_logits_scale": 0.25},
+            (10, 8**-0.5, 0.25),
+        ),
+        ("gptj", BASE, (1, 8**-0.5, 0.5)),  # products are over d_head unless it is said otherwise
+        (
+            "gptj",
+            {**BASE, "embeddings_scale": 14.6, "attention_logits_alpha": 4.0,
+             "output_logits_alpha": 2.22, "scale_output_logits_by_d": False},
+            (14.6, 4 * 8**-0.5, 2.22 * 0.5**0.5),
+        ),
+        (
+            "gptj",
+            {**BASE, "scale_qk_dot_by_d": False, "attention_logits_alpha": 3.0,
+             "output_logits_alpha": None, "embeddings_scale": None},
+            (1, 3, 0.5),
+        ),
+    ],
+)  # fmt: skip
+def test_what_mup_scales_is_as_if_its_weights_were_so_large(
+    kind: str, given: dict[str, Any], scales: tuple[float, float, float], tmp_path: pathlib.Path
+) -> None:
+    """Weights of embeddings and positions, of keys, and of the head with its bias.
+
+    So Cerebras' own converter makes a standard model of one in muP.
+    """
+    found = opened(write(tmp_path / "mup", kind, **given)[0])
+    plain = opened(write(tmp_path / "plain", kind)[0])
+    embed, key, head = map(np.float32, scales)
+    contents = {it: plain.read(it) for it in plain.arrays}
+    for it, array in contents.items():
+        if it.path.endswith(("embed/embeddings", "positions/embeddings")):
+            contents[it] = array * embed
+        elif "/attention/k/" in it.path:
+            contents[it] = array * key
+        elif "/unembed/" in it.path:
+            contents[it] = array * head
+    model = dataclasses.replace(ModelConfig(**plain.known), tie_embeddings=False)
+    if plain.known["tie_embeddings"]:
+        table = Key(PARAMS, "decoder/embed/embeddings")
+        contents[Key(PARAMS, "decoder/unembed/w")] = plain.read(table).T * head
+    standard = memory_source.MemorySource(contents)
+    tokens_BT = np.random.default_rng(0).integers(0, VOCAB, (2, SEQ), np.int32)
+    ours = source_logits.logits(found, ModelConfig(**found.known), tokens_BT)
+    theirs = source_logits.logits(standard, model, tokens_BT)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
 def test_what_it_says_that_is_not_computed_is_refused(tmp_path: pathlib.Path) -> None:
     for kind, changed, message in (
         ("gptj", {"position_embedding_type": "alibi"}, "position_embedding_type is .alibi.; com"),
         ("gpt2", {"attention_type": "dot_product"}, "attention_type is .dot_product.; Cerebras mo"),
         ("gpt2", {"norm_type": "scalenorm"}, "norm_type is .scalenorm.; read are layernorm, rms"),
-        ("gpt2", {"scale_qk_dot_by_d": True}, "scale_qk_dot_by_d is true; Cerebras model is comp"),
+        ("gpt2", {"scale_qk_dot_by_d": 1}, "scale_qk_dot_by_d is 1; computed here: false, true"),
+        ("gpt2", {"mup_base_hidden_size": 16}, "mup_base_hidden_size is given without mup_base_f"),
+        ("gpt2", {"mup_base_filter_size": 16}, "mup_base_filter_size is given without mup_base_h"),
+        ("gpt2", BASE | {"mup_base_filter_size": 0}, "mup_base_filter_size is 0; needed is a num"),
+        ("gpt2", BASE | {"output_logits_alpha": -1}, "output_logits_alpha is -1; needed is a num"),
+        ("gpt2", BASE | {"output_logits_scale": 0.5}, "output_logits_scale and mup_base_hidden_s"),
+        ("gpt2", {"output_logits_alpha": 2.0}, "output_logits_alpha is 2.0, which needs a mup_ba"),
+        ("gpt2", {"scale_output_logits_by_d": False}, "output_logits_by_d is false, which needs "),
+        ("gpt2", {"position_embedding_offset": 2}, "position_embedding_offset is 2; Cerebras mod"),
+        ("gptj", {"rotary_dim": None}, "rotary_dim is null; needed is a whole number above 0"),
         ("gpt2", {"nonlinearity": "gelu_10"}, "nonlinearity is .gelu_10.; computed here: "),
         ("llama", {"attention_module": "sparse"}, "attention_module is .sparse.; computed here: "),
         ("llama", {"filter_size": 40}, r"linear_layer.weight is \[48, 32\], \[40, 32\] by "),

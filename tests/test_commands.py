@@ -20,6 +20,8 @@ case "$*" in
 --version) echo "Python 3.11.0" ;;
 "-m venv "*) echo venv >>"{log}"; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
 "-m pip "*) echo "pip ${{*: -1}}" >>"{log}"; [[ ! -e "{log}.fail" ]] ;;
+"-m pytest -m slow"*) echo "$*" >>"{log}"; exit "${{SLOW:-0}}" ;;
+"-m pytest "*) echo "$*" >>"{log}"; exit "${{FAST:-0}}" ;;
 *) [[ ! -e $1.real ]] || exec "{real}" "$1.real" "$@"; echo "$*" >>"{log}" ;;
 esac
 """
@@ -167,6 +169,18 @@ def test_arguments_go_to_pytest(checkout: Checkout) -> None:
     checkout.run("test", "-k", "a b", "-x")
     checkout.run("test", "--all", "-x")
     assert checkout.calls()[2:] == [f"{FAST} -k a b -x", f"{FAST} -x", "-m pytest -m slow -x"]
+
+
+@pytest.mark.parametrize(
+    ("fast", "slow", "status"),
+    [(0, 5, 0), (5, 0, 0), (5, 5, 5), (1, 0, 1), (1, 5, 1), (0, 1, 1), (5, 1, 1), (2, 1, 2)],
+)
+def test_tests_of_which_one_half_selects_none_pass_if_the_other_half_does(
+    fast: int, slow: int, status: int, checkout: Checkout
+) -> None:
+    said = {"FAST": str(fast), "SLOW": str(slow)}
+    assert checkout.run("test", "--all", "-k", "something", **said).status == status
+    assert checkout.run("test", "-k", "something", **said).status == fast
 
 
 STEPS = [

@@ -286,6 +286,24 @@ def test_flat_keys_round_trip_for_any_valid_configuration() -> None:
     assert seen == set(configuration.KEYS)
 
 
+def test_what_a_run_recorded_has_defaults_for_keys_that_it_had_none_of() -> None:
+    whole = configuration.parse(MINIMAL).to_flat()
+    assert configuration.recorded(MINIMAL) == whole
+    assert configuration.recorded(whole) == whole
+    strange = {"gone": 1, "lr": -1.0}  # kept, though no configuration of today's
+    assert configuration.recorded(MINIMAL | strange) == whole | strange
+
+
+def test_of_unsound_keys_no_more_is_said_than_that() -> None:
+    whole = configuration.parse(MINIMAL | {"original_shards": 8}).to_flat()
+    with pytest.raises(ConfigError) as caught:
+        configuration.parse(whole | {"d_model": 0, "n_heads": "4"})
+    assert caught.value.problems == (
+        "d_model: expected 1 or more, got 0",
+        "n_heads: expected a whole number, got '4' (str); write 4 without quotes",
+    )
+
+
 def test_a_configuration_cannot_change_through_its_flat_form() -> None:
     config = configuration.parse(MINIMAL | {"val_set": {"a": "x"}, "val_batches": 1})
     config.to_flat()["val_set"]["b"] = "y"

@@ -7,7 +7,8 @@ import inspect
 import warnings
 
 import pytest
-from configurations import DOUBTS_OF_LENGTHS, MINIMAL, OF_LENGTHS, OF_THE_MODEL
+from configurations import MINIMAL
+from impossible import DOUBTS_OF_LENGTHS, OF_LENGTHS, OF_THE_MODEL
 
 from mesh_transformer import config as configuration
 from mesh_transformer import relations, rules, schema

@@ -54,6 +54,20 @@ def test_the_first_positions_are_taken_of_a_table_that_is_longer(
     assert fitted(source, a_run(LONG, pe_offset=pe_offset).model) is source
 
 
+def test_a_table_that_begins_elsewhere_is_moved_or_refused() -> None:
+    """OPT's first two rows are no positions; where there is no room for them they are left out."""
+    source = memory_source.of_model(a_run(LONG, pe_offset=2).model)
+    source.known = {"pe_offset": 2}
+    for seq in (LONG, SHORT):
+        found = fitted(source, a_run(seq).model)
+        np.testing.assert_array_equal(found.read(TABLE), source.contents[TABLE][2 : 2 + seq])
+        assert fitted(found, a_run(seq).model) is found
+    source = memory_source.of_model(a_run(LONG).model)
+    source.known = {"pe_offset": 0}
+    with pytest.raises(CheckpointError, match="row 0 of their table, pe_offset is 2: set pe_offse"):
+        fitted(source, a_run(SHORT, pe_offset=2).model)
+
+
 def test_positions_that_were_not_learned_are_not_made_up() -> None:
     source = memory_source.of_model(a_run(SHORT).model)
     with pytest.raises(CheckpointError) as error:

@@ -10,7 +10,7 @@ import numpy as np
 import packed_files
 import pytest
 
-from mesh_transformer.checkpoints import flax_files
+from mesh_transformer.checkpoints import flax_files, flax_writer
 from mesh_transformer.checkpoints.flax_files import read_stream, read_tree
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.npz import BFLOAT16
@@ -44,12 +44,55 @@ def assert_same(listed: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_every_bit_is_read_of_trees_and_of_streams(seed: int, tmp_path: pathlib.Path) -> None:
+def test_every_bit_is_read_of_trees_and_of_streams_and_written_as_it_was(
+    seed: int, tmp_path: pathlib.Path
+) -> None:
     arrays = some_arrays(seed)
+    arrays = {name: arrays[name] for name in sorted(arrays, key=lambda it: it.split("/"))}
     tree = packed_files.tree(packed_files.nested(arrays))
     assert_same(read_tree(write(tmp_path / "tree", tree)), arrays)
     stream = packed_files.stream(arrays)
     assert_same(read_stream(write(tmp_path / "stream", stream)), arrays)
+    described = {name: Array(it.shape, it.dtype) for name, it in arrays.items()}
+    advanced: list[int] = []
+    flax_writer.write_tree(
+        str(tmp_path / "tree"), flax_writer.nested(described), arrays.__getitem__, advanced.append
+    )
+    assert (tmp_path / "tree").read_bytes() == tree
+    assert sum(advanced) == sum(it.nbytes for it in arrays.values())
+    flax_writer.write_stream(
+        str(tmp_path / "stream"), described, arrays.__getitem__, advanced.append
+    )
+    assert (tmp_path / "stream").read_bytes() == stream
+
+
+def test_an_array_of_more_than_2_to_30_bytes_is_written_in_pieces(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert flax_writer.PIECE_BYTES == 2**30
+    monkeypatch.setattr(flax_writer, "PIECE_BYTES", 19)  # no whole number of float32
+    large, small = (np.arange(n, dtype=np.float32).reshape(-1, 2) for n in (10, 4))
+    held = {"large": large, "small": small}
+    described = {name: Array(it.shape, it.dtype) for name, it in held.items()}
+    path = str(tmp_path / "file")
+    flax_writer.write_stream(path, described, held.__getitem__, lambda n: None)
+    expected = {"large": packed_files.in_pieces(large, 4), "small": small}
+    assert (tmp_path / "file").read_bytes() == packed_files.stream(expected)
+    assert_same(read_stream(path), held)
+    tree = {"step": 300, "none": None, "params": flax_writer.nested(described)}
+    read = lambda name: held[name.removeprefix("params/")]  # noqa: E731
+    flax_writer.write_tree(path, tree, read, lambda n: None)
+    theirs = {"step": 300, "none": b"\xc0", "params": expected}
+    assert (tmp_path / "file").read_bytes() == packed_files.tree(theirs)
+
+
+def test_what_a_stream_has_no_room_for_is_named() -> None:
+    arrays = {f"a/{n}": Array((2**n, 1), np.dtype(np.float32)) for n in (28, 29, 30, 31)}
+    with pytest.raises(CheckpointError) as error:
+        flax_writer.check_stream(arrays)
+    told = str(error.value)
+    assert "4294967295 bytes together at most; choose a smaller dtype" in told
+    assert [f"a/{n} is" in told for n in (28, 29, 30, 31)] == [False, False, True, True]
 
 
 def test_what_is_no_array_is_passed_over(tmp_path: pathlib.Path) -> None:
@@ -143,3 +186,13 @@ def test_memory_for_one_array_suffices(read: Any, tmp_path: pathlib.Path) -> Non
             stored.read()
 
     assert memory_source.peak_bytes(read_all) < 1.5 * 4_000_000
+    described = {name: stored.array for name, stored in listed.items()}
+
+    def write_all() -> None:
+        target, one = str(tmp_path / "written"), lambda name: listed[name].read()
+        if read is read_tree:
+            flax_writer.write_tree(target, flax_writer.nested(described), one, lambda n: None)
+        else:
+            flax_writer.write_stream(target, described, one, lambda n: None)
+
+    assert memory_source.peak_bytes(write_all) < 1.5 * 4_000_000

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from mesh_transformer import network
+from mesh_transformer.checkpoints.family import ACTIVATIONS as BY_THEIR_NAMES
 from mesh_transformer.model.block import ACTIVATIONS
 from mesh_transformer.model.positions import alibi, alibi_slopes, rotary_frequencies, sinusoidal
+from mesh_transformer.position_rules import SCALING_FACTORS
 
 X = np.linspace(-6, 6, 241)
 
@@ -44,7 +46,7 @@ FORMULAS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @pytest.mark.parametrize("name", get_args(network.Activation))
 def test_an_activation_is_its_formula(name: str) -> None:
-    assert set(ACTIVATIONS) == set(FORMULAS)
+    assert set(ACTIVATIONS) == set(FORMULAS) == set(BY_THEIR_NAMES.values())
     y = ACTIVATIONS[name](jnp.asarray(X, jnp.float32))
     # The curves nearest to each other, of GELU and its tanh form, are 4.7e-4 apart.
     np.testing.assert_allclose(y, FORMULAS[name](X), rtol=1e-5, atol=2e-6)
@@ -90,6 +92,10 @@ N_ROTATED, THETA = 128, 500_000.0
 PLAIN = np.array([THETA ** (-2 * i / N_ROTATED) for i in range(N_ROTATED // 2)])
 
 
+def test_no_stretching_of_positions_is_left_out_of_these_tests() -> None:
+    assert set(SCALING_FACTORS) == {"none", "linear", "llama3", "yarn"}
+
+
 def test_frequencies_fall_geometrically_and_linear_scaling_divides_them() -> None:
     plain, size = rotary_frequencies(N_ROTATED, THETA, "none", {})
     np.testing.assert_allclose(plain, PLAIN, rtol=1e-6)
@@ -122,16 +128,19 @@ def test_llama_3_scaling_divides_long_wavelengths_alone() -> None:
     assert size == 1
 
 
+@pytest.mark.parametrize("trained", [4096.0, 64.0])  # in the shorter no pair turns 32 times
 @pytest.mark.parametrize("given", [{}, {"beta_fast": 16.0, "beta_slow": 2.0}])
-def test_yarn_keeps_what_turns_often_and_divides_what_does_not(given: dict[str, float]) -> None:
-    factor, trained = 16.0, 4096.0
+def test_yarn_keeps_what_turns_often_and_divides_what_does_not(
+    given: dict[str, float], trained: float
+) -> None:
+    factor = 16.0
     fast, slow = given.get("beta_fast", 32.0), given.get("beta_slow", 1.0)
 
     def pair_of(turns: float) -> float:
         """The pair, not whole, whose wavelength fits so many times into the trained length."""
         return N_ROTATED / 2 * math.log(trained / (turns * 2 * math.pi), THETA)
 
-    first, last = math.floor(pair_of(fast)), math.ceil(pair_of(slow))
+    first, last = max(math.floor(pair_of(fast)), 0), math.ceil(pair_of(slow))
     expected = []
     for i, frequency in enumerate(PLAIN):
         divided = min(max((i - first) / (last - first), 0), 1)

@@ -16,7 +16,7 @@ from memory_source import MemorySource
 
 from mesh_transformer import config
 from mesh_transformer.checkpoints import huggingface, pytorch, safetensors
-from mesh_transformer.checkpoints.families import FREE, config_json, config_keys
+from mesh_transformer.checkpoints.families import config_json, config_keys
 from mesh_transformer.checkpoints.family import ACTIVATIONS
 from mesh_transformer.checkpoints.fitting import model_arrays
 from mesh_transformer.checkpoints.huggingface import HuggingFace, is_huggingface
@@ -25,6 +25,7 @@ from mesh_transformer.checkpoints.npz import BFLOAT16
 from mesh_transformer.checkpoints.source import PARAMS, Array, Key
 from mesh_transformer.checkpoints.tensors import transposed
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.network_rules import FREE
 
 ROOT = pathlib.Path(__file__).parent.parent
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16), BFLOAT16]
@@ -96,9 +97,10 @@ def test_the_published_configuration_is_the_one_that_is_here() -> None:
 @pytest.mark.parametrize("d_ff", [None, 96, 128])
 def test_configurations_survive_both_ways(d_ff: int | None) -> None:
     model = a_model(d_ff=d_ff)
-    theirs = config_json(model, BFLOAT16, eot_id=7)
+    theirs = config_json(model, BFLOAT16, ids={"bos_token_id": 7, "eos_token_id": [7, 8]})
     assert theirs["n_inner"] == (96 if d_ff == 96 else None)
-    assert theirs["bos_token_id"] == theirs["eos_token_id"] == 7
+    named = [theirs[f"{which}_token_id"] for which in ("bos", "eos", "pad")]
+    assert named == [7, [7, 8], None]
     assert config_json(model, BFLOAT16)["eos_token_id"] is None, "50256 is not in the vocabulary"
     keys = config_keys(theirs)
     assert keys == {key: getattr(model, key) for key in keys}

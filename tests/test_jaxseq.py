@@ -109,6 +109,7 @@ def test_its_llama_computes_the_same_here_and_as_a_hugging_face_folder(
     found = source_logits.logits(source, model, TOKENS_BT)
     # float32 against float64, over two layers
     np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5)
+    assert_written_again(source, model, held, tmp_path)
     (tmp_path / "hf").mkdir()
     huggingface.write(str(tmp_path / "hf"), source, model, dtype=np.dtype(np.float32))
     again = HuggingFace(str(tmp_path / "hf"))
@@ -169,6 +170,22 @@ def test_flax_s_names_hold_what_pytorch_s_do(kind: str, name: str, tmp_path: pat
             np.testing.assert_array_equal(found.read(key), value)
         else:
             assert key.path == "decoder/embed/b" and not found.read(key).any()
+    assert_written_again(found, ModelConfig(**found.known), named, tmp_path)
+
+
+def assert_written_again(
+    source: Any, model: ModelConfig, held: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    """Be sure that all bytes of the weights are theirs, in the order of Flax's trees."""
+    (tmp_path / "again").mkdir()
+    dtype = np.dtype(np.float32)
+    jaxseq.write(str(tmp_path / "again"), source, model, dtype=dtype, advance=lambda n: None)
+    params = {name.removeprefix("params/"): it for name, it in held.items()}
+    names = sorted((it for it in params if it.startswith(("transformer", "model", "lm_head"))),
+                   key=lambda it: it.split("/"))  # fmt: skip
+    expected = packed_files.stream({name: params[name] for name in names})
+    assert (tmp_path / "again" / "params.msgpack").read_bytes() == expected
+    assert dict(opened(str(tmp_path / "again")).known) == dict(source.known)
 
 
 def test_a_padded_vocabulary_gets_no_probability(tmp_path: pathlib.Path) -> None:

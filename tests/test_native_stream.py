@@ -30,7 +30,7 @@ from mesh_transformer.checkpoints.source import MU, NU, PARAMS, Array, Counts, K
 from mesh_transformer.training.steps import TrainState
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
-EXTRA = {"config": {"layers": 2, "lr": 0.1}, "position": {"epoch": 0, "sample": 24}}
+EXTRA: dict[str, Any] = {"config": {"layers": 2, "lr": 0.1}, "position": {"epoch": 0, "sample": 24}}
 
 
 def trained(dp: int = 1, mp: int = 1, **keys: Any) -> TrainState:
@@ -197,7 +197,8 @@ def test_what_a_run_saves_on_a_mesh_is_read_layer_by_layer(tmp_path: Path) -> No
     state = trained(2, 4, zero_stage=3)
     source, held = NativeSource(saved(tmp_path, state, 7, EXTRA)), Held(trained())
     assert source.arrays == held.arrays
-    assert (source.step, source.counts, source.known) == (7, held.counts, EXTRA["config"])
+    assert (source.step, source.counts) == (7, held.counts)
+    assert source.known.items() >= EXTRA["config"].items()
     assert source.about == "native checkpoint of step 7, float32, with moments"
     for key in source.arrays:
         np.testing.assert_array_equal(source.read(key), held.read(key))

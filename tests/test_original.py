@@ -277,22 +277,15 @@ def test_a_wrong_configuration_is_told_which_key_to_change(
 
 @pytest.mark.parametrize("variant", small.VARIANTS)
 def test_a_model_that_the_original_does_not_compute_is_refused_key_by_key(
-    tmp_path: Path, step: Path, variant: str
+    step: Path, variant: str
 ) -> None:
     keys = small.VARIANTS[variant]
-    model = small.parsed(**keys).model
     # Of the window, the stretching and its factors the first says all.
     named = keys.keys() - {"window_every", "pe_rotary_dims", "pe_scaling_factors"}
     named -= {"pe"} if keys["pe"] in ("rotary", "t5", "fixed", "none") else set()
     with pytest.raises(CheckpointError, match="no checkpoints of such a model") as refused:
-        written(tmp_path / "new", memory_source.of_model(model), model, 1)
-    told = re.findall(r"- (\w+) is ", str(refused.value))
-    assert set(told) == named
-    assert len(told) == len(named)
-    assert not any((tmp_path / "new").iterdir())
-    with pytest.raises(CheckpointError) as not_read:
         opened(step, **keys)
-    assert str(not_read.value) == str(refused.value)
+    assert sorted(re.findall(r"- (\w+) is ", str(refused.value))) == sorted(named)
 
 
 def test_every_key_of_a_model_is_free_or_held_to_what_the_original_computes() -> None:

@@ -7,13 +7,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+import memory_source
 import named_arrays
 import numpy as np
 import pytest
+import small
 import source_logits
 
-from mesh_transformer.checkpoints import opening, original_writer
+from mesh_transformer.checkpoints import conversion, opening
+from mesh_transformer.checkpoints.conversion import Conversion
 from mesh_transformer.checkpoints.layout import CheckpointError
+from mesh_transformer.checkpoints.source import Key
 from mesh_transformer.config import ModelConfig
 
 D, VOCAB, SEQ, LAYERS, SHARDS = 32, 48, 16, 11, 2  # layer 10 comes before layer 2
@@ -128,14 +132,20 @@ def model_of(kind: str, source: Any) -> ModelConfig:
     return dataclasses.replace(model, pe_offset=0) if kind.startswith("opt") else model
 
 
+def expected_arrays(kind: str, source: Any) -> dict[Key, np.ndarray]:
+    return {
+        key: value[2:] if kind.startswith("opt") and "positions" in key.path else value
+        for key, value in source.contents.items()
+    }
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_its_other_models_are_read(kind: str, tmp_path: Path) -> None:
     folder, expected, model = write(tmp_path / "step_3", kind)
     source = opening.open_source(opening.find(str(folder)), model)
     assert source.about.endswith("2 shard(s), float32, without optimizer state, step 3")
-    for key, value in expected.contents.items():
-        wanted = value[2:] if kind.startswith("opt") and "positions" in key.path else value
-        np.testing.assert_array_equal(source.read(key), wanted, err_msg=str(key))
+    for key, value in expected_arrays(kind, expected).items():
+        np.testing.assert_array_equal(source.read(key), value, err_msg=str(key))
     opening.verify(opening.find(str(folder)), source, lambda n_bytes: None)
     tokens_BT = np.random.default_rng(0).integers(0, VOCAB, (1, SEQ))
     assert np.isfinite(source_logits.logits(source, model, tokens_BT)).all()
@@ -155,11 +165,59 @@ def test_another_model_s_configuration_is_refused(tmp_path: Path) -> None:
         opening.open_source(found, wide)
 
 
-def test_they_are_not_written(tmp_path: Path) -> None:
-    source, _ = named_arrays.of_config(CONFIGS["neo"])
-    model = ModelConfig(**source.known)
-    with pytest.raises(CheckpointError, match="has no checkpoints of such a model"):
-        original_writer.write(
-            str(tmp_path), source, model, n_shards=1, dtype=None, moments=False,
-            advance=lambda n_bytes: None,
-        )  # fmt: skip
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_its_other_models_are_written_as_its_converters_make_them(
+    kind: str, tmp_path: Path
+) -> None:
+    expected, source, model = write(tmp_path / "theirs", kind)
+    with_offset = ModelConfig(**source.known)
+    source.step = 3
+    what = Conversion(format="original", n_shards=SHARDS)
+    config = dataclasses.replace(small.parsed(), model=with_offset)
+    conversion.convert(source, config, str(tmp_path / "step_3"), what, position={})
+    files = sorted(path.relative_to(expected) for path in expected.rglob("*.npz"))
+    assert len(files) == 16 * SHARDS
+    for path in files:
+        theirs, ours = np.load(expected / path), np.load(tmp_path / "step_3" / path)
+        assert theirs.files == ours.files
+        for name in theirs.files:
+            if not np.isnan(theirs[name]).any():  # of copies that are never used
+                np.testing.assert_array_equal(ours[name], theirs[name], err_msg=f"{path}/{name}")
+    found = opening.open_source(opening.find(str(tmp_path / "step_3")), model)
+    for key, value in expected_arrays(kind, source).items():
+        np.testing.assert_array_equal(found.read(key), value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        (
+            small.VARIANTS["neox"] | {"norm_epsilon": 1e-6, "pe_theta": 5e5},
+            {"norm_epsilon", "pe_theta"},
+        ),
+        (small.VARIANTS["llama"], {"ff_bias", "norm", "n_kv_heads", "gated", "pe_scaling"}),
+        (
+            small.VARIANTS["one head of keys"],
+            {"ff_bias", "norm", "n_kv_heads", "gated", "qk_norm", "embed_scale"},
+        ),
+        (small.VARIANTS["research"], {"use_static_sgu", "head_qk_trick", "residual"}),
+    ],
+)
+def test_what_neither_it_nor_the_original_has_is_refused_key_by_key(
+    keys: dict[str, Any], named: set[str], tmp_path: Path
+) -> None:
+    config, what = small.parsed(**keys), Conversion(format="slim")
+    source = memory_source.of_model(config.model)
+    with pytest.raises(CheckpointError, match="no checkpoints of such a model") as refused:
+        conversion.convert(source, config, str(tmp_path / "step_3"), what, position={})
+    assert sorted(re.findall(r"- (\w+) is ", str(refused.value))) == sorted(named)
+    assert not any(tmp_path.iterdir())
+
+
+def test_shards_that_do_not_divide_narrow_embeddings_are_refused(tmp_path: Path) -> None:
+    source, _ = named_arrays.of_config(CONFIGS["opt, as 350m"] | {"word_embed_proj_dim": 15})
+    config = dataclasses.replace(small.parsed(), model=ModelConfig(**source.known))
+    what = Conversion(format="slim", n_shards=2)
+    with pytest.raises(CheckpointError, match="2 shards do not divide d_embed 15"):
+        conversion.convert(source, config, str(tmp_path / "step_3"), what, position={})
+    assert not any(tmp_path.iterdir())

@@ -119,8 +119,15 @@ def test_an_empty_file_of_pairs_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_text_with_the_token_that_pads_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="pair 2 holds the token 99, which is what records are fil"):
-        create(tmp_path, {"a": "b", "c": "d"}, tokenizer.load("bytes"), pad_id=99)
+    """By its file and line, also where pairs are shuffled."""
+    for pairs, line in (({"a": "b", "c": "d"}, 2), ({"a": "b", "d": "", "e": "abc"}, 3)):
+        with pytest.raises(DataError) as error:
+            chosen = tokenizer.load("bytes")
+            create(tmp_path, pairs, chosen, pad_id=99, preserve_data_order=False)
+        assert str(error.value) == (
+            f"{tmp_path}/pairs.jsonl:{line}: a text holds the token 99, which is what records are "
+            "filled up with: choose another --pad-id"
+        )
 
 
 @pytest.mark.parametrize(

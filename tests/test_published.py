@@ -43,6 +43,8 @@ def stated(path: pathlib.Path) -> dict[str, Any]:
 
 def test_every_published_model_has_one_file() -> None:
     assert sorted(stated(path)["name"] for path in FILES) == sorted(N_PARAMETERS)
+    told = (pathlib.Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert f"a configuration for {len(FILES)} published models" in told.replace("\n", " ")
 
 
 def test_no_module_but_their_own_knows_one_family_from_another() -> None:

@@ -18,6 +18,7 @@ import pytest
 
 import mesh_transformer.sharding
 from mesh_transformer import config
+from mesh_transformer.training import loop
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCUMENTS = sorted(
@@ -25,6 +26,7 @@ DOCUMENTS = sorted(
     for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")]
     if not path.parent.name.startswith(".")
 )
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 # What a command may begin with beyond `python`: checked by its own tests, or not ours.
@@ -80,10 +82,18 @@ def snippets(document: str) -> Iterator[dict[str, Any]]:
 
 
 def keys_named(document: str) -> set[str]:
-    """Return what a document names as code and only a key can be called."""
+    """Return what a document names as code and only a key can be called.
+
+    A table that begins with what is said "there" says what that is here.
+    """
     text = (ROOT / document).read_text(encoding="utf-8")
+    here: list[str] = []
+    for table in re.findall(r"(?<=^\| there )\|.*\n(?:\|.*\n)+", text, re.MULTILINE):
+        text = text.replace(table, "")
+        here += [row.split("|")[2] for row in table.splitlines()[2:]]
+    said = set(re.findall(r"`(\w+)`", " ".join(here)))
     first = r"(?:tpu|pod|val|ckpt|keep|warmup|anneal|total|gradient|per_replica|zero)_\w+"
-    return set(re.findall(rf"`({first}|\w+_(?:lr|dir|set))`", text))
+    return said | set(re.findall(rf"`({first}|\w+_(?:lr|dir|set))`", text))
 
 
 def check_pip(words: list[str]) -> None:
@@ -121,6 +131,15 @@ def test_the_keys_named_are_keys_of_the_configuration(document: str) -> None:
     assert keys_named(document) <= {*config.KEYS}
 
 
+def test_what_is_to_be_trained_names_no_tasks_that_nothing_runs() -> None:
+    for document in DOCUMENTS:
+        for words in commands(document):
+            if words[1:2] and words[1] in ("device_train.py", "train.py"):
+                path = ROOT / words[words.index("--config") + 1]
+                if path.exists():  # else it is one that the reader has made
+                    loop.check_tasks(config.load(path))
+
+
 @pytest.mark.parametrize("document", [name for name in DOCUMENTS if any(snippets(name))])
 def test_the_configurations_shown_are_sound(document: str) -> None:
     base = json.loads((ROOT / "configs" / "gptj_6B_v3-8.json").read_text())
@@ -132,6 +151,11 @@ def test_the_alphabet_shown_is_the_one_in_use() -> None:
     legend = re.findall(r"^    [A-Z]  .*$", mesh_transformer.sharding.__doc__ or "", re.MULTILINE)
     shown = re.findall(r"^    [A-Z]  .*$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     assert legend and shown == legend
+
+
+def test_the_readme_leads_to_every_how_to() -> None:
+    linked = re.findall(r"^- .*?\]\((docs/howto_\w+\.md)\)", README, re.MULTILINE)
+    assert sorted(linked) == sorted(name for name in DOCUMENTS if name.startswith("docs/howto_"))
 
 
 def test_the_readme_shows_both_commands() -> None:

@@ -1,4 +1,4 @@
-"""From lines of JSON to answers: records, training, a killed-and-resumed run's save, sampling."""
+"""From lines of JSON to answers: records, training in two parts, export, sampling from both."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 
-from mesh_transformer import config
+from mesh_transformer import resharding
 from mesh_transformer.checkpoints import huggingface
-from mesh_transformer.checkpoints.families import config_json
+from mesh_transformer.checkpoints.conversion import Conversion
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.data import DataError, documents, packing, prepare, tokenizer, tokenizer_files
 from mesh_transformer.data.batches import RecordSet
@@ -97,10 +97,10 @@ def test_another_beginning_is_another_tokenizer_but_no_text(tmp_path: pathlib.Pa
 def test_documents_in_data_begin_and_end_with_the_tokenizer_s_own(
     about: Any, begin: list[int], tmp_path: pathlib.Path
 ) -> None:
-    """One begin and one end for each, in however many pieces and tasks it comes."""
+    """One begin and one end for each, in however many pieces and tasks; their names are text."""
     same = {"eos_token": "</s>", "bos_token": "</s>", "add_bos_token": True}
     loaded = tokenizer.load(a_folder(tmp_path, same if about == "same" else about))
-    texts = ["one two " * 20, "three", "x" * 99]
+    texts = ["one two " * 20, "<s>three", "x" * 99]
     path = tmp_path / "texts.txt"
     path.write_text("</s>".join(texts[:2]) + "</s></s>" + texts[2])
     pieces = list(documents.read(path, loaded.eot_text, longest=16))
@@ -136,9 +136,9 @@ def test_a_prompt_begins_as_a_document_does(
 ) -> None:
     loaded = tokenizer.load(a_folder(tmp_path, {**BOTH, "add_bos_token": True}))
     model = Echo()
-    for prompt in ("ab", "", "0123456789"):
+    for prompt in ("ab", "", "<s>", "0123456789"):
         list(text.continuation(model, loaded, prompt, Sampling(), max_new_tokens=4, seq=9))
-    assert model.prompts == [[BOS, *b"ab"], [BOS], [BOS, *b"6789"]]
+    assert model.prompts == [[BOS, *b"ab"], [BOS], [BOS, *b"<s>"], [BOS, *b"6789"]]
     assert [it.getMessage() for it in caplog.records if it.levelno == logging.WARNING] == [
         "the prompt has 10 tokens; only its last 4 are used"
     ]
@@ -171,7 +171,9 @@ def a_model(folder: pathlib.Path, **said: Any) -> str:
     keys = {**small.VARIANTS["llama"], "n_vocab": 264, "seq": 24}
     model = small.parsed(**keys).model
     a_folder(folder, {**BOTH, "add_bos_token": True})
-    huggingface.write(str(folder), memory_source.of_model(model), model, dtype=np.dtype(np.float32))
+    ids = {"bos_token_id": BOS, "eos_token_id": EOS}
+    source = memory_source.of_model(model)
+    huggingface.write(str(folder), source, model, dtype=np.dtype(np.float32), ids=ids)
     for name, ids in said.items():
         path = folder / f"{name}.json"
         known = json.loads(path.read_text()) if path.exists() else {}
@@ -217,26 +219,62 @@ def test_sampling_stops_at_the_model_s_own_ends(tmp_path: pathlib.Path) -> None:
     assert "".join(ended.continuation("ab", greedy)) == free.tokenizer.decode(said[:stop])
 
 
-def test_a_folder_that_is_written_names_the_tokens_that_it_was_made_with(
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@pytest.mark.parametrize(
+    ("config_eos", "generation", "ids"),
+    [
+        (EOS, None, (BOS, EOS, None)),
+        ([EOS, 7], None, (BOS, [EOS, 7], None)),
+        (7, {"top_k": 3, "eos_token_id": [EOS, 9], "pad_token_id": 8}, (BOS, [EOS, 9], 8)),
+        (EOS, {"_from_model_config": True, "bos_token_id": 5}, (5, EOS, None)),
+        (EOS, {"pad_token_id": 4000, "eos_token_id": None}, (BOS, EOS, None)),
+    ],
+)
+def test_a_folder_s_ids_and_how_it_generates_survive_there_and_back(
+    config_eos: Any,
+    generation: Any,
+    ids: tuple[Any, ...],
     tmp_path: pathlib.Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    loaded = tokenizer.load(a_model(tmp_path / "a", generation_config=[EOS, 9]))
-    (tmp_path / "b").mkdir()
-    tokenizer_files.write(str(tmp_path / "b"), loaded, 264)
-    said = json.loads((tmp_path / "b" / "generation_config.json").read_text())
-    assert (said["bos_token_id"], said["eos_token_id"], said["pad_token_id"]) == (
-        *(BOS, [EOS, 9]),
-        EOS,
+    """Through a native checkpoint; config.json and generation_config.json agree of every id."""
+    folder = a_model(tmp_path / "hf", config=config_eos)
+    said = tmp_path / "hf" / "generation_config.json"
+    if generation is not None:
+        said.write_text(json.dumps(generation))
+    path = folder
+    caplog.set_level(logging.INFO)
+    for name, what in (("run", Conversion(format="native")), ("again", Conversion(format="hf"))):
+        opened = resharding.open_checkpoint(path, None)
+        path = str(tmp_path / name)
+        resharding.write(opened.source, opened.config, path, what)
+    theirs, drawn = (
+        json.loads((tmp_path / "again" / name).read_text())
+        for name in ("config.json", "generation_config.json")
     )
-    assert tokenizer.load(str(tmp_path / "b")).fingerprint == loaded.fingerprint
-    (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": 9, "pad_token_id": 8}')
+    assert "config.json will say that the model has 24 positions" in caplog.text
+    assert tuple(theirs[name] for name in IDS) == tuple(map(drawn.get, IDS)) == ids
+    if generation is None:
+        generation = {"do_sample": True, "temperature": 0.75, "top_p": 0.9, "top_k": 0}
+    others = [
+        {key: value for key, value in it.items() if key not in IDS} for it in (drawn, generation)
+    ]
+    assert others[0] == others[1]
+
+
+def test_the_padding_of_an_encoder_s_model_begins_its_answers(tmp_path: pathlib.Path) -> None:
+    loaded = tokenizer.load(a_folder(tmp_path, {**BOTH, "add_bos_token": True}))
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"eos_token_id": 9, "pad_token_id": 8, "num_beams": 4}')
+    written = tmp_path / "b" / "generation_config.json"
     tokenizer_files.write(str(tmp_path / "b"), loaded, 264, start_id=5)
-    said = json.loads((tmp_path / "b" / "generation_config.json").read_text())
-    ids = {key: value for key, value in said.items() if key.endswith("token_id")}
-    assert ids == {"eos_token_id": 9, "pad_token_id": 5, "decoder_start_token_id": 5}
-    model = config.ModelConfig(layers=1, d_model=8, n_heads=2, n_vocab=264, seq=8, pe="rotary")
-    written = config_json(model, np.dtype(np.float32), eot_id=loaded.eot_id, bos_id=loaded.bos_id)
-    assert (written["bos_token_id"], written["eos_token_id"]) == (BOS, EOS)
-    (tmp_path / "a" / "generation_config.json").write_text("[")
+    ids = {"eos_token_id": 9, "pad_token_id": 5}
+    assert tokenizer_files.special_ids(loaded, 264, start_id=5) == ids
+    found = json.loads(written.read_text())
+    assert found == {**ids, "num_beams": 4, "decoder_start_token_id": 5}
+    assert tokenizer.load(str(tmp_path / "b")).fingerprint == loaded.fingerprint
+    path.write_text("[")
     with pytest.raises(DataError, match="generation_config.json is not a JSON object"):
         tokenizer_files.write(str(tmp_path / "b"), loaded, 264)

@@ -22,16 +22,24 @@ def test_a_tokenizer_s_files_are_the_tokenizer(name: str, tmp_path: pathlib.Path
     assert (again.n_tokens, again.eot_id) == (tokens.n_tokens, tokens.eot_id)
     assert again.token_bytes() == tokens.token_bytes()
     drawn = json.loads((tmp_path / "generation_config.json").read_text())
-    assert drawn["eos_token_id"] == drawn["pad_token_id"] == tokens.eot_id
+    assert drawn["bos_token_id"] == drawn["eos_token_id"] == tokens.eot_id
+    assert "pad_token_id" not in drawn, "no token of theirs only pads"
 
 
 def test_a_tokenizer_from_files_is_copied_with_what_lies_beside_it(tmp_path: pathlib.Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     tokenizer_files.write(str(first), tokenizer.load("gpt2"), 50400)
+    beside = ("chat_template.jinja", "tokenizer.model", "spiece.model", "vocab.txt")
+    for name in (*beside, "additional_chat_templates/tools.jinja"):
+        (first / name).parent.mkdir(exist_ok=True)
+        (first / name).write_bytes(name.encode())
+    (first / "notes.md").write_text("none of a tokenizer's")
     tokenizer_files.write(str(second), tokenizer.load(str(first)), 50400)
-    assert {path.name for path in second.iterdir()} == {path.name for path in first.iterdir()}
-    for path in first.iterdir():
-        assert path.read_bytes() == (second / path.name).read_bytes()
+    files = {path.relative_to(second) for path in second.rglob("*") if path.is_file()}
+    there = {path.relative_to(first) for path in first.rglob("*") if path.is_file()}
+    assert files == there - {pathlib.Path("notes.md")}
+    for path in files:
+        assert (first / path).read_bytes() == (second / path).read_bytes()
 
 
 def test_a_lone_tokenizer_json_is_given_a_configuration(tmp_path: pathlib.Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,3 +82,38 @@ def test_decoding_on_any_mesh_equals_computing_every_token_anew(variant: str) ->
             expected_TV = logprobs_BTV[row, len(prompt) - 1 : len(prompt) - 1 + N_NEW]
             assert tokens[row] == expected_TV.argmax(-1).tolist()
             np.testing.assert_allclose(logprobs[row], expected_TV.max(-1), rtol=0, atol=1e-5)
+
+
+def trained_and_continued(dp: int, mp: int, **keys: Any) -> tuple[Any, Any, Any]:
+    """Return loss and norm, gradients, and greedy continuations of a mesh."""
+    keys |= {"variant": "llama", "d_model": 36, "d_ff": 144, "n_vocab": 72}
+    keys |= {"zero_stage": 3 if dp > 1 else 0}
+    worker = small.worker(dp, mp, **keys)
+    worker.state = small.start(dp, mp, **keys)
+    said = worker.generate(PROMPTS[:2], Sampling(temperature=0), 5)
+    state, metrics = worker.steps.train(worker.state, TOKENS_ABT1, None)
+    gradients = jax.device_get(optax.tree.get(state.opt_state, "mu"))
+    return (float(metrics["loss"]), float(metrics["grad_norm"])), gradients, said
+
+
+@pytest.mark.parametrize(
+    ("dp", "mp", "n_heads", "n_kv_heads", "d_head"),
+    [
+        (2, 2, 6, 3, 4),  # two copies of each head of keys, one on each of two devices
+        pytest.param(2, 4, 8, 2, 4, marks=pytest.mark.slow),
+        # Stored in three parts, none of which is a head.
+        pytest.param(1, 3, 6, 2, 6, marks=pytest.mark.slow),
+    ],
+)
+def test_any_number_of_devices_shares_the_heads_of_keys(
+    dp: int, mp: int, n_heads: int, n_kv_heads: int, d_head: int
+) -> None:
+    """Whether or not it divides them; in float32, whose sums are in another order on a mesh."""
+    keys = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_head": d_head}
+    expected, their_gradients, theirs = trained_and_continued(1, 1, **keys)
+    seen, gradients, ours = trained_and_continued(dp, mp, **keys)
+    np.testing.assert_allclose(seen, expected, rtol=1e-5)
+    small.assert_close(gradients, their_gradients, 1e-5)
+    assert ours.tokens == theirs.tokens
+    for row, expected_row in zip(ours.logprobs, theirs.logprobs, strict=True):
+        np.testing.assert_allclose(row, expected_row, rtol=0, atol=1e-5)

@@ -1,10 +1,11 @@
-"""One host: it goes on past damaged checkpoints, and takes weights that were converted."""
+"""One host: it goes on past damaged checkpoints, and takes weights that are converted or old."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import jax
@@ -16,8 +17,10 @@ from etils import epath
 from test_worker import assert_equal, batch, on_disk, values
 
 from mesh_transformer.checkpoints import layout, native_writer
+from mesh_transformer.checkpoints.averaging import Mean
 from mesh_transformer.checkpoints.native import CheckpointError, Checkpoints, Damaged
 from mesh_transformer.checkpoints.native_source import NativeSource
+from mesh_transformer.checkpoints.opening import stored_config
 from mesh_transformer.pod.worker import Worker
 from mesh_transformer.session import Restored
 
@@ -191,3 +194,43 @@ def test_converted_weights_are_tuned_and_sampled_from_in_float32(
     reading = Worker(worker.config, jax.devices()[:1])
     reading.load_weights(folder)
     assert_equal(reading.state.params, wanted)
+
+
+@pytest.mark.parametrize("read", ["restore", "tune_from", "load_weights"])
+def test_a_key_that_a_checkpoint_is_older_than_had_its_default(
+    run: tuple[Worker, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, read: str
+) -> None:
+    """Its configuration holds no key that has a default, nor any that follows from others."""
+    caplog.set_level("INFO", "mesh_transformer.pod.worker")
+    worker, root = run
+    old, new = tmp_path / "old", NativeSource(str(root / "checkpoints" / "step_3"))
+    keys = small.KEYS | {"model_dir": str(old)}
+    extra = {"config": keys, "position": {"epoch": 0, "sample": 24}}
+    folder = old / "checkpoints" / "step_3"
+    native_writer.write(str(folder), new, extra=extra)
+    assert stored_config(str(old)) == small.parsed(model_dir=str(old))
+
+    def reading(**other: Any) -> Worker:
+        reader, checkpoints = on_disk(old if read == "restore" else tmp_path / "tuned", **other)
+        with checkpoints:
+            if read == "restore":
+                reader.restore()
+            elif read == "tune_from":
+                reader.tune_from(str(old), fresh_opt=False)
+            else:
+                reader.load_weights(str(old))
+        return reader
+
+    assert_equal(reading(tpu_project="p").state.params, worker.state.params)
+    if read == "restore":
+        assert caplog.messages == ["changed since that checkpoint: tpu_project left out -> 'p'"]
+    with pytest.raises(CheckpointError) as told:
+        reading(window=5, attention_scale=1.0, output_scale=0.5, head_qk_trick=True)
+    assert str(told.value).splitlines()[1:] == [
+        "  - window is 0 there, 5 in the configuration",
+        "  - attention_scale is 0.5 there, 1.0 in the configuration",
+        "  - output_scale is 1.0 there, 0.5 in the configuration",
+        "  - head_qk_trick is False there, True in the configuration",
+    ]
+    mean = Mean([NativeSource(str(folder)), new])  # of one model, however old its checkpoints
+    assert mean.known["output_scale"] == 1.0

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mesh_transformer.checkpoints.families import FREE
 from mesh_transformer.checkpoints.layout import CheckpointError, first_of
 from mesh_transformer.checkpoints.source import PARAMS, Array, Counts, Key, Source
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.network_rules import FREE, LENGTHS
 
 
 class Mean:
@@ -57,7 +57,7 @@ def _differences(one: Source, other: Source) -> list[str]:
     keys = [
         f"{key} is {one.known.get(key)!r}, and {other.known.get(key)!r} in {other.where}"
         for key in (field.name for field in dataclasses.fields(ModelConfig))
-        if key not in FREE | {"seq", "encoder_seq"} and one.known.get(key) != other.known.get(key)
+        if key not in FREE | LENGTHS and one.known.get(key) != other.known.get(key)
     ]
     ours, theirs = _shapes(one), _shapes(other)
     arrays = [

@@ -1,156 +1,40 @@
-"""Checkpoints of Cerebras's model zoo (PyTorch, releases 1.6 to 1.9), by its names, only read.
+"""Checkpoints of Cerebras's model zoo (PyTorch, releases 1.6 to 1.9), read.
 
     checkpoint_250.mdl    a state dict, or one below "model"
     params.yaml           the run's parameters, of which "model" says what it is
 
-Its one decoder is configured as GPT-J, GPT-NeoX, GPT-2 or LLaMA, and arrays have the same names in
-all. It turns neighbouring features; what it has converted from GPT-NeoX and LLaMA has queries and
-keys in that order, so that all but GPT-J's go back to halves here, as transformers has them.
+Whether there are biases, and how branches are added, the arrays say; parameters may leave it out.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import yaml
 
 from mesh_transformer import storage
 from mesh_transformer.checkpoints import pytorch
-from mesh_transformer.checkpoints.families import keys_by
-from mesh_transformer.checkpoints.family import (
-    ACTIVATIONS,
-    BOOLEAN,
-    Choice,
-    Derived,
-    Family,
-    Json,
-    Number,
-    Row,
-    Size,
-    norm,
-    number,
-    pair,
-    shown,
+from mesh_transformer.checkpoints.cerebras_family import (
+    AS_GPTJ,
+    BIASES,
+    FAMILY,
+    LAYER,
+    UNTIED,
+    scaled,
+    scales,
 )
+from mesh_transformer.checkpoints.families import keys_by
+from mesh_transformer.checkpoints.family import Json
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.named import NamedSource, Stored
+from mesh_transformer.checkpoints.source import Key
 from mesh_transformer.config import ModelConfig
 
 _STEP = re.compile(r"(?:checkpoint_)?(\d+)\.mdl")
 _HDF5 = b"\x89HDF"
-_L, _BLOCK = "transformer_decoder.layers.{}.", "layers/block/"
-_GATED = {"swiglu": "silu", "reglu": "relu", "geglu": "gelu"}
-_NORMS = {"layernorm": "layernorm", "rmsnorm": "rmsnorm-mean",
-          "biasless-layernorm": "layernorm-nobias"}  # fmt: skip
-
-
-def _rows(*, pairs: bool) -> tuple[Row, ...]:
-    def attention(theirs: str, ours: str) -> tuple[Row, ...]:
-        found = pair(f"{_L}self_attn.proj_{theirs}_dense_layer", f"{_BLOCK}attention/{ours}")
-        return tuple(row._replace(pairs=pairs and ours in "qk") for row in found)
-
-    return (
-        Row("embedding_layer.word_embeddings.weight", "embed/embeddings"),
-        Row("embedding_layer.position_embeddings.weight", "positions/embeddings"),
-        *norm(_L + "norm1", _BLOCK + "norm"),
-        *attention("q", "q"),
-        *attention("k", "k"),
-        *attention("v", "v"),
-        *attention("output", "o"),
-        *norm(_L + "norm3", _BLOCK + "ff_norm"),
-        *pair(_L + "ffn.ffn.0.linear_layer_for_glu", _BLOCK + "ff/gate"),
-        *pair(_L + "ffn.ffn.0.linear_layer", _BLOCK + "ff/in"),
-        *pair(_L + "ffn.ffn.1.linear_layer", _BLOCK + "ff/out"),
-        *norm("transformer_decoder.norm", "final_norm"),
-        *pair("lm_head", "unembed"),
-    )
-
-
-def _read_norm(config: Json, keys: Json) -> Json:
-    old = "rmsnorm" if config.get("use_rms_norm") else "layernorm"
-    old = "biasless-layernorm" if config.get("use_biasless_norm") else old
-    kind = config.get("norm_type", old)
-    if kind not in _NORMS:
-        raise ValueError(f"norm_type is {shown(config, 'norm_type')}; read are {', '.join(_NORMS)}")
-    return {"norm": _NORMS[kind]}
-
-
-def _read_positions(config: Json, keys: Json) -> Json:
-    kind = config.get("position_embedding_type", "learned")
-    if kind == "learned":
-        return {"pe": "fixed"}
-    if kind != "rotary":
-        raise ValueError(
-            f"position_embedding_type is {shown(config, 'position_embedding_type')}; computed "
-            "here: learned, rotary"
-        )
-    given: dict[str, Any] = {
-        "pe": "rotary" if keys.get("residual") == "parallel" else "rotary-half"
-    }
-    if config.get("rotary_dim") is not None:
-        given["pe_rotary_dims"] = Size("rotary_dim", "").read(config, keys)[""]
-    return {**given, "pe_theta": number(config, "rope_theta", 10_000.0)}
-
-
-def _read_activation(config: Json, keys: Json) -> Json:
-    kind = config.get("nonlinearity", "gelu")
-    if kind in _GATED:
-        return {"activation": _GATED[kind], "gated": True}
-    return Choice("nonlinearity", "activation", ACTIVATIONS, "gelu").read(config, keys)
-
-
-def _read_kv_heads(config: Json, keys: Json) -> Json:
-    if config.get("attention_module", "aiayn_attention") == "aiayn_attention":
-        return {}
-    extra = config.get("extra_attention_params")
-    if config["attention_module"] != "multiquery_attention" or not isinstance(extra, dict):
-        raise ValueError(
-            f"attention_module is {shown(config, 'attention_module')}; computed here: "
-            "aiayn_attention, multiquery_attention with extra_attention_params"
-        )
-    return dict(Size("num_kv_groups", "n_kv_heads").read(extra, keys))
-
-
-def _only_read(model: ModelConfig) -> Json:
-    raise ValueError("{} is only read")
-
-
-_FAMILY = Family(
-    name="Cerebras model",
-    model_type="", architecture="", prefix="", also={}, begin_id=0, eot_id=0,
-    keys=(
-        Size("vocab_size", "n_vocab"),
-        Size("max_position_embeddings", "seq"),
-        Size("hidden_size", "d_model"),
-        Size("num_hidden_layers", "layers"),
-        Size("num_heads", "n_heads"),
-        Size("filter_size", "d_ff"),
-        Number("layer_norm_epsilon", "norm_epsilon", 1e-5),
-        Choice("share_embedding_weights", "tie_embeddings", BOOLEAN, True),
-        Choice("residual", "residual", {it: it for it in ("parallel", "parallel-untied",
-                                                         "sequential")}, None),
-        *(Choice(key, key, BOOLEAN, False) for key in ("qkv_bias", "o_bias", "ff_bias",
-                                                       "head_bias")),
-        Derived("norm", _read_norm, _only_read),
-        Derived("pe pe_rotary_dims pe_theta", _read_positions, _only_read),
-        Derived("activation gated", _read_activation, _only_read),
-        Derived("n_kv_heads", _read_kv_heads, _only_read),
-    ),
-    same={
-        **{"attention_type": "scaled_dot_product", "norm_first": True, "moe_params": None},
-        **{"embedding_layer_norm": False, "fixed_sparse_attention": None},
-        **{"attention_sliding_window_length": None, "pos_scaling_factor": 1.0},
-        **{"output_logits_scale": None, "output_logits_alpha": None, "embeddings_scale": 1.0},
-        **{"scale_qk_dot_by_d": False, "attention_logits_alpha": 1.0},
-    },
-    ours={"embed_bias": False},
-    rows=_rows(pairs=True),
-    constants=r"ln_f\.(weight|bias)|.*\.(masked_bias|rotary_emb\.inv_freq)",
-)  # fmt: skip
-_AS_GPTJ = dataclasses.replace(_FAMILY, ours={}, rows=_rows(pairs=False))
 
 
 def find(path: str) -> str | None:
@@ -183,12 +67,18 @@ class Cerebras(NamedSource):
         stored: dict[str, Stored] = {
             _plain(name): it for name, it in pytorch.read_header(path, inside="model").items()
         }
-        described = {**config, **_by_names(config, stored)}
-        family = _AS_GPTJ if described["residual"] == "parallel" else _FAMILY
-        known = keys_by(family, described, where)
+        told = _by_names(config, stored)
+        family = AS_GPTJ if told.get(UNTIED) is False else FAMILY
+        told = {key: it for key, it in config.items() if key != UNTIED} | told
+        known = keys_by(family, told, where)
         what = f"state of a {family.name}"
         super().__init__(path, what, family, ModelConfig(**known), known, stored, where)
         self.step = max(_step(path.rpartition("/")[2]), 0)
+        self._scales = scales(ModelConfig(**known))
+
+    def read(self, key: Key) -> np.ndarray:
+        """Read one array, scaled if Cerebras scales it with another and we do not."""
+        return scaled(super().read(key), self._scales.get(key.path, 1.0))
 
 
 def _plain(name: str) -> str:
@@ -199,16 +89,10 @@ def _plain(name: str) -> str:
 
 def _by_names(config: Json, stored: Mapping[str, Stored]) -> dict[str, Any]:
     """Say what is told by which arrays there are: how branches are added, and biases."""
-    first = _L.format(0)
-    untied = bool(config.get("use_untied_layer_norm"))
-    residual = "parallel-untied" if untied else "sequential"
-    return {
-        "residual": residual if f"{first}norm3.weight" in stored else "parallel",
-        "qkv_bias": f"{first}self_attn.proj_q_dense_layer.bias" in stored,
-        "o_bias": f"{first}self_attn.proj_output_dense_layer.bias" in stored,
-        "ff_bias": f"{first}ffn.ffn.0.linear_layer.bias" in stored,
-        "head_bias": "lm_head.bias" in stored,
-    }
+    biases = {key: name.format(0) in stored for key, (_, name) in BIASES.items()}
+    if f"{LAYER.format(0)}norm3.weight" not in stored:
+        return {**biases, UNTIED: False}
+    return {**biases, UNTIED: True} if config.get(UNTIED) else biases
 
 
 def _parameters(path: str) -> tuple[str, dict[str, Any]]:

@@ -22,13 +22,24 @@ from mesh_transformer.checkpoints import (
     places,
     retention,
 )
-from mesh_transformer.checkpoints.fitting import WithVocabulary, fitted, n_bytes, weights_dtype
+from mesh_transformer.checkpoints.fitting import (
+    WithVocabulary,
+    fitted,
+    n_bytes,
+    weights_dtype,
+    without_offset,
+)
+from mesh_transformer.checkpoints.foreign import FOREIGN
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.npz import BFLOAT16
 from mesh_transformer.checkpoints.places import GIGABYTE
 from mesh_transformer.checkpoints.source import TABLE_BIAS, Source
 from mesh_transformer.config import Config
 
+Format = Literal[
+    "native", "original", "slim", "hf", "jaxseq", "zero", "zero-torch", "cerebras"
+]  # fmt: skip
+_SHARDED = ("original", "slim")
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
 
 _logger = logging.getLogger(__name__)
@@ -40,7 +51,7 @@ class Conversion:
 
     Attributes:
         format: "native"; "original", with optimizer state if there is any; "slim", the same without
-            it and in bfloat16; "hf".
+            it and in bfloat16; "hf"; or one of other programs' (`foreign`).
         n_shards: Of "original" and "slim".
         dtype: Of the weights: a key of `DTYPES`. None leaves them as they are, and makes float32
             ones bfloat16 in "slim".
@@ -48,7 +59,7 @@ class Conversion:
         file_gb: Gigabytes in each file of "hf", at most.
     """
 
-    format: Literal["native", "original", "slim", "hf"]
+    format: Format
     n_shards: int = 1
     dtype: str | None = None
     n_vocab: int | None = None
@@ -74,13 +85,15 @@ def plan(source: Source, what: Conversion) -> Plan:
     dtype = DTYPES[what.dtype] if what.dtype else None
     if what.format == "slim" and dtype is None and weights_dtype(source) == np.float32:
         dtype = BFLOAT16
-    if what.format == "hf":
+    foreign = FOREIGN.get(what.format)
+    if what.format == "hf" or foreign is not None:
         dtype = dtype or weights_dtype(source)
     moments = what.format in ("native", "original") and source.counts is not None
     total = n_bytes(source, dtype, moments=moments)
-    if what.format == "hf" and (bias := source.arrays.get(TABLE_BIAS)):
+    folds_bias = what.format == "hf" if foreign is None else foreign.folds_bias
+    if folds_bias and (bias := source.arrays.get(TABLE_BIAS)):
         assert dtype is not None
-        total -= bias._replace(dtype=dtype).n_bytes  # it goes into the table
+        total -= bias._replace(dtype=dtype).n_bytes
     return Plan(dtype, moments, total)
 
 
@@ -96,8 +109,7 @@ def convert(
     *,
     position: Mapping[str, Any],
     overwrite: bool = False,
-    eot_id: int | None = None,
-    bos_id: int | None = None,
+    ids: Mapping[str, Any] | None = None,
     write_tokenizer: Callable[[str], None] = lambda folder: None,
     stage: Callable[[int], AbstractContextManager[Callable[[int], object]]] = _unseen,
 ) -> None:
@@ -111,7 +123,7 @@ def convert(
         output: Folder to write; for "native" a run's, in which training can go on.
         position: Where training would go on in its data, for "native"; no other format says.
         overwrite: Whether an existing folder is replaced, once the new one is whole.
-        eot_id, bos_id: The tokenizer's end and beginning of text, for "hf".
+        ids: The tokens that begin, end and pad texts, for "hf": see `families.config_json`.
         write_tokenizer: Adds a tokenizer's files to a Hugging Face folder.
         stage: Shows what is done: called with the bytes there are in all, it gives what is called
             with those of each array that is written.
@@ -120,9 +132,7 @@ def convert(
         CheckpointError: The checkpoint does not fit the configuration or is damaged, the format
             cannot hold the model, or there is something at `output` or too little space.
     """
-    if what.n_vocab is not None:
-        config = _with_vocabulary(config, what.n_vocab)
-        source = WithVocabulary(source, what.n_vocab)
+    source, config = _changed(source, config, what)
     _check(what, config, output, source)
     source, model = fitted(source, config.model), config.model
     dtype, moments, total = plan(source, what)
@@ -135,17 +145,32 @@ def convert(
             native_writer.write(
                 step, source, extra=extra, dtype=dtype, moments=moments, advance=advance
             )
+        elif what.format in FOREIGN:
+            FOREIGN[what.format].write(folder, source, model, dtype=dtype, advance=advance)
         elif what.format == "hf":
+            assert dtype is not None, "the plan says it"
             shown: Any = {"shard_bytes": int(what.file_gb * GIGABYTE), "advance": advance}
-            dtype = dtype or weights_dtype(source)
-            ids: Any = {"eot_id": eot_id, "bos_id": bos_id}
-            huggingface.write(folder, source, model, dtype=dtype, **ids, **shown)
+            huggingface.write(folder, source, model, dtype=dtype, ids=ids, **shown)
             write_tokenizer(folder)
         else:
             shared: Any = {"n_shards": what.n_shards, "dtype": dtype, "moments": moments}
             original_writer.write(folder, source, model, advance=advance, **shared)
-    if what.format in ("original", "slim"):
+    if what.format in _SHARDED:
         original_run.enlist(output, source.step)
+
+
+def _changed(source: Source, config: Config, what: Conversion) -> tuple[Source, Config]:
+    """Give a model the vocabulary that is asked for, and positions that the format has room for.
+
+    OPT's table of positions begins with rows that are none, which the original's fork leaves out.
+    """
+    if what.n_vocab is not None:
+        config = _with_vocabulary(config, what.n_vocab)
+        source = WithVocabulary(source, what.n_vocab)
+    if what.format in _SHARDED and config.model.pe_offset:
+        source = without_offset(source, config.model.pe_offset)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, pe_offset=0))
+    return source, config
 
 
 def _with_vocabulary(config: Config, n_vocab: int) -> Config:
@@ -168,19 +193,23 @@ def _check(what: Conversion, config: Config, output: str, source: Source) -> Non
     if what.format == "native":
         retention.check_kept(output)
     if what.format == "hf":
-        _check_padding(what, config)
-        families.config_json(config.model, np.dtype(np.float32))
+        families.described(config.model)
+        _check_padding(what, config, "transformers")
+    if (foreign := FOREIGN.get(what.format)) is not None:
+        foreign.check(config.model)
+        if not foreign.knows_padding:
+            _check_padding(what, config, foreign.program)
     places.check_apart(output, source)
     _check_shards(what, config)
 
 
-def _check_padding(what: Conversion, config: Config) -> None:
+def _check_padding(what: Conversion, config: Config, program: str) -> None:
     """Refuse to give rows that pad a vocabulary a probability, unless they are asked for."""
     model = config.model
     if model.head_bias or model.n_tokens >= model.n_vocab:
         return
     rows = f"rows {model.n_tokens} to {model.n_vocab - 1} of the vocabulary are padding (n_tokens)"
-    effect = "which transformers cannot know: they have logit 0 there and so a probability"
+    effect = f"which {program} cannot know: they have logit 0 there and so a probability"
     if what.n_vocab is None:
         raise CheckpointError(
             f"{rows}, {effect}; cut them off with --n-vocab {model.n_tokens}, or keep them with "
@@ -191,7 +220,7 @@ def _check_padding(what: Conversion, config: Config) -> None:
 
 def _check_shards(what: Conversion, config: Config) -> None:
     model = config.model
-    if what.format not in ("original", "slim"):
+    if what.format not in _SHARDED:
         return
     if what.n_shards < 1:
         raise CheckpointError(f"{what.n_shards} shards are asked for; needed is 1 or more")
@@ -199,8 +228,10 @@ def _check_shards(what: Conversion, config: Config) -> None:
         raise CheckpointError(
             "mesh-transformer-jax's second model is read but not written: choose --format native"
         )
-    original.check_computed(model)
+    original.check_held(model)
     held = {"n_heads": model.n_heads, "n_vocab": model.n_vocab, "d_ff": model.d_ff}
+    if model.d_embed != model.d_model:
+        held["d_embed"] = model.d_embed
     problems = [
         f"{what.n_shards} shards do not divide {key} {n}"
         for key, n in held.items()

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,19 +19,14 @@ from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.llama_families import GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3
 from mesh_transformer.checkpoints.t5_family import T5
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.network_rules import MUP
+from mesh_transformer.network_rules import FREE, MUP
 from mesh_transformer.schema import ConfigError
 
 FAMILIES = (GPTJ, GPT2, GPT_NEO, GPT_NEOX, OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, T5)
 """A model is written as the first of them that computes it."""
 
+_ROUNDING = 1e-15  # relative, of four operations on numbers of 53 bits
 _ALWAYS_SAME = {"quantization_config": None}
-
-FREE = {"n_tokens", "compute_dtype", "remat", "unroll", "attention", "z_loss", *MUP} | {
-    *("dropout_embedding", "dropout_attention", "dropout_residual"),
-}
-"""Keys of our configuration that say how a model is computed, trained and sampled, not which it is.
-"""
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
@@ -94,43 +90,62 @@ def config_json(
     model: ModelConfig,
     dtype: np.dtype[Any],
     *,
-    eot_id: int | None = None,
-    bos_id: int | None = None,
+    ids: Mapping[str, Any] | None = None,
+    families: Sequence[Family] = FAMILIES,
+    program: str = "transformers",
 ) -> dict[str, Any]:
     """Describe a model as `transformers` does.
 
     Args:
         dtype: Of the weights.
-        eot_id: The token that ends a text, and begins one if no other does. None takes the
-            published models', if it is in the vocabulary.
-        bos_id: Another token that begins a text.
+        ids: Its bos_token_id, eos_token_id and pad_token_id, null where one is left out. None takes
+            the published models', those that are in the vocabulary.
+        families, program: As for `described`.
 
     Raises:
-        CheckpointError: No family computes what this model does; every reason is listed, of the
-            family that comes closest.
+        CheckpointError: As of `described`.
     """
-    tried = [_written(family, model) for family in FAMILIES]
-    family, keys, problems = min(tried, key=lambda it: len(it.problems))
-    if problems:
-        heading = (
-            "the model cannot be written for transformers, which has no class that computes it; "
-            f"{family.name} comes closest:"
-        )
-        raise CheckpointError("\n  - ".join([heading, *problems]))
-    begin_id = family.begin_id if eot_id is None or family.begin_id is None else eot_id
-    begin_id = begin_id if bos_id is None else bos_id
-    eot_id = family.eot_id if eot_id is None else eot_id
+    family, keys = described(model, families, program)
+    if ids is None:
+        theirs = {"bos_token_id": family.begin_id, "eos_token_id": family.eot_id}
+        known = range(model.n_vocab)
+        ids = {key: id if id in known else None for key, id in theirs.items()}
+    else:
+        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | dict(ids)
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        "bos_token_id": None if begin_id is None or begin_id >= model.n_vocab else begin_id,
-        "eos_token_id": eot_id if eot_id < model.n_vocab else None,
         # Releases before 5 know the older name alone, later ones both.
         "torch_dtype": str(dtype),
         "dtype": str(dtype),
     }
     same = {key: value for key, value in family.same.items() if value is not None}
-    return dict(sorted({**config, **family.also, **keys, **same}.items()))
+    return dict(sorted({**config, **family.also, **ids, **keys, **same}.items()))
+
+
+def described(
+    model: ModelConfig, families: Sequence[Family] = FAMILIES, program: str = "transformers"
+) -> tuple[Family, Json]:
+    """Say which family computes a model, the first if several do, and describe it in its words.
+
+    Args:
+        families: Those that there are.
+        program: Whose they are, for messages.
+
+    Raises:
+        CheckpointError: None computes what this model does; every reason is listed, of the family
+            that comes closest.
+    """
+    tried = [_written(family, model) for family in families]
+    family, keys, problems = min(tried, key=lambda it: len(it.problems))
+    if problems:
+        closest = f"; {family.name} comes closest" if len(families) > 1 else ""
+        heading = (
+            f"the model cannot be written for {program}, which has no class that computes it"
+            f"{closest}:"
+        )
+        raise CheckpointError("\n  - ".join([heading, *problems]))
+    return family, keys
 
 
 class _Written(NamedTuple):
@@ -164,7 +179,7 @@ def _written(family: Family, model: ModelConfig) -> _Written:
     wrong = {
         key: value
         for key, value in _meant(family, model, back).items()
-        if key not in refused and getattr(model, key) != value
+        if key not in refused and not _alike(getattr(model, key), value)
     }
     if model.window == 0:
         wrong.pop("window_every", None)
@@ -175,6 +190,13 @@ def _written(family: Family, model: ModelConfig) -> _Written:
         for key, value in wrong.items()
     ]
     return _Written(family, keys, listed + problems)
+
+
+def _alike(ours: Any, back: Any) -> bool:
+    """Say whether a value came back; a number may have been multiplied and divided on the way."""
+    if isinstance(ours, float) and isinstance(back, (int, float)):
+        return math.isclose(ours, back, rel_tol=_ROUNDING)
+    return bool(ours == back)
 
 
 def _meant(family: Family, model: ModelConfig, back: Json) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from typing import Any
 
 from mesh_transformer.checkpoints.family import Derived, Json, Size, as_json, number, shown
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.network_rules import SCALING_FACTORS
+from mesh_transformer.position_rules import FURTHER_FACTORS, SCALING_FACTORS
 
-_FURTHER = {"yarn": ("attention_factor", "beta_fast", "beta_slow")}
 _WINDOW = "window window_every"
 _TRAINED, _PART = "original_max_position_embeddings", "partial_rotary_factor"
 
@@ -88,7 +87,7 @@ def _factors(scaling: str, given: Json, config: Json) -> dict[str, float]:
     if scaling == "yarn" and "factor" in given and given["factor"] is None:
         longest = number(config, "max_position_embeddings", 0)
         given = {**given, "factor": longest / number(given, _TRAINED, 0)}
-    names = [*SCALING_FACTORS[scaling], *_FURTHER.get(scaling, ())]
+    names = [*SCALING_FACTORS[scaling], *FURTHER_FACTORS.get(scaling, ())]
     factors = {name: number(given, name, 0) for name in names if given.get(name) is not None}
     for name in SCALING_FACTORS[scaling]:
         if name not in factors:

@@ -72,7 +72,7 @@ def fitted(source: Source, model: ModelConfig) -> Source:
         source = WithVocabulary(source, model.n_vocab)
     learned = source.arrays.get(Key(PARAMS, _POSITIONS))
     if learned and model.pe == "fixed" and len(learned.shape) == 2:
-        source = _with_positions(source, learned.shape[0] - model.pe_offset, model)
+        source = _with_positions(source, learned.shape[0], model)
     needed = model_arrays(model)
     held = {key: array.shape for key, array in source.arrays.items() if key.kind == PARAMS}
     problems = [
@@ -93,13 +93,21 @@ def fitted(source: Source, model: ModelConfig) -> Source:
     return source
 
 
-def _with_positions(source: Source, n_learned: int, model: ModelConfig) -> Source:
+def _with_positions(source: Source, n_rows: int, model: ModelConfig) -> Source:
     """Return a source with as many learned positions as the model has."""
-    if n_learned < model.seq:
+    offset = source.known.get("pe_offset", model.pe_offset)
+    if offset < model.pe_offset:
+        raise CheckpointError(
+            f"{source.where} has its first position in row {offset} of their table, pe_offset is "
+            f"{model.pe_offset}: set pe_offset to {offset}"
+        )
+    if (n_learned := n_rows - offset) < model.seq:
         raise CheckpointError(
             f"{source.where} has learned {n_learned} positions, seq is {model.seq}: set seq to "
             f"{n_learned} or less"
         )
+    if offset > model.pe_offset:
+        source = without_offset(source, offset - model.pe_offset)
     if n_learned == model.seq:
         return source
     _logger.info(
@@ -109,14 +117,22 @@ def _with_positions(source: Source, n_learned: int, model: ModelConfig) -> Sourc
     return WithPositions(source, model.seq + model.pe_offset)
 
 
-class WithPositions:
-    """A source of whose table of learned positions the first rows are taken."""
+def without_offset(source: Source, n: int) -> Source:
+    """Return a source of whose table of learned positions the first rows, unused, are cut off."""
+    learned = source.arrays.get(Key(PARAMS, _POSITIONS))
+    return source if learned is None else WithPositions(source, learned.shape[0] - n, n)
 
-    def __init__(self, source: Source, n_rows: int) -> None:
-        self._source, self._n_rows = source, n_rows
+
+class WithPositions:
+    """A source of whose table of learned positions some rows are taken: from one on, so many."""
+
+    def __init__(self, source: Source, n_rows: int, begin: int = 0) -> None:
+        self._source, self._n_rows, self._begin = source, n_rows, begin
         self.where, self.about, self.step = source.where, source.about, source.step
         self.counts: Counts | None = source.counts
         self.known: Mapping[str, Any] = source.known
+        if begin and "pe_offset" in source.known:
+            self.known = {**source.known, "pe_offset": source.known["pe_offset"] - begin}
         self.arrays: Mapping[Key, Array] = {
             key: array._replace(shape=(n_rows, *array.shape[1:]))
             if key.path == _POSITIONS
@@ -127,7 +143,8 @@ class WithPositions:
     def read(self, key: Key) -> np.ndarray:
         """Read an array, without the rows that are not taken."""
         array = self._source.read(key)
-        return array[: self._n_rows] if key.path == _POSITIONS else array
+        rows = slice(self._begin, self._begin + self._n_rows)
+        return array[rows] if key.path == _POSITIONS else array
 
 
 class WithVocabulary:

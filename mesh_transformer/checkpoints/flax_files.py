@@ -34,8 +34,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
 _WINDOW = 2**16  # bytes looked at together
 _SMALL = 2**12  # at most, of keys and shapes
 _DEEPEST = 64  # maps in maps
-_IN_PIECES = "__msgpack_chunked_array__"
-_LENGTHS = {
+IN_PIECES = "__msgpack_chunked_array__"
+LENGTHS = {
     **{0xC4: ("bytes", ">B"), 0xC5: ("bytes", ">H"), 0xC6: ("bytes", ">I")},
     **{0xC7: ("ext", ">B"), 0xC8: ("ext", ">H"), 0xC9: ("ext", ">I")},
     **{0xDC: ("list", ">H"), 0xDD: ("list", ">I"), 0xDE: ("map", ">H"), 0xDF: ("map", ">I")},
@@ -169,7 +169,7 @@ class _Cursor:
         (first,) = self.peek(1) or _out_of_data()
         if first >> 4 in (8, 9):
             return "map" if first >> 4 == 8 else "list"
-        return "ext" if 0xD4 <= first <= 0xD8 else _LENGTHS.get(first, ("small", ""))[0]
+        return "ext" if 0xD4 <= first <= 0xD8 else LENGTHS.get(first, ("small", ""))[0]
 
     def head(self, kind: str) -> tuple[int, int, int]:
         """Pass the head of what comes next.
@@ -190,7 +190,7 @@ class _Cursor:
         if 0xD4 <= first <= 0xD8:
             n, n_length = 1 << (first - 0xD4), 0
         else:
-            form = _LENGTHS[first][1]
+            form = LENGTHS[first][1]
             n_length = struct.calcsize(form)
             if len(head) < 1 + n_length + (kind == "ext"):
                 _out_of_data()
@@ -228,7 +228,7 @@ def _listed(cursor: _Cursor, name: str) -> dict[str, Packed]:
     listed: dict[str, Packed] = {}
     pieces: dict[str, dict[str, Any]] = {}
     for path, value in _leaves(cursor, name, 0):
-        owner, marked, rest = path.rpartition(f"/{_IN_PIECES}/")
+        owner, marked, rest = path.rpartition(f"/{IN_PIECES}/")
         if marked:
             pieces.setdefault(owner, {})[rest] = value
         elif isinstance(value, Packed):
@@ -246,7 +246,7 @@ def _leaves(cursor: _Cursor, name: str, depth: int) -> Iterator[tuple[str, Any]]
             raise ValueError(f"maps lie deeper than {_DEEPEST} in each other")
         for i in range(cursor.head("map")[1]):
             key = cursor.small()
-            if i == 0 and key == _IN_PIECES:
+            if i == 0 and key == IN_PIECES:
                 name = f"{name}/{key}"
             yield from _leaves(cursor, f"{name}/{key}".removeprefix("/"), depth + 1)
     elif kind == "list":

@@ -7,7 +7,7 @@
     pytorch_model.bin, or in several    the same by PyTorch itself, which are read but not written
 
 `families` has the names. Our embedding may have a bias, which no family has: where it has one it is
-read as zeros, and is added to the embedding when written.
+read as zeros, and is added to the embedding when written (`renaming`).
 """
 
 from __future__ import annotations
@@ -23,18 +23,16 @@ from mesh_transformer import storage
 from mesh_transformer.checkpoints import pytorch, safetensors
 from mesh_transformer.checkpoints.families import config_json, config_keys, family_of
 from mesh_transformer.checkpoints.family import Family
-from mesh_transformer.checkpoints.fitting import cast, fitted
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.named import NamedSource, Stored
-from mesh_transformer.checkpoints.source import TABLE, TABLE_BIAS, Array, Source
-from mesh_transformer.checkpoints.tensors import tensors
+from mesh_transformer.checkpoints.renaming import Renamed
+from mesh_transformer.checkpoints.source import Array, Source
 from mesh_transformer.config import ModelConfig
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SHARD_BYTES = 5 * 10**9
 
 _SAFETENSORS, _PYTORCH, _INDEX = "model.safetensors", "pytorch_model.bin", ".index.json"
-_ROWS_AT_A_TIME = 256  # of the embedding, in float32 while the bias is added
 
 
 def is_huggingface(folder: str) -> bool:
@@ -131,8 +129,7 @@ def write(
     *,
     dtype: np.dtype[Any],
     shard_bytes: int = SHARD_BYTES,
-    eot_id: int | None = None,
-    bos_id: int | None = None,
+    ids: Mapping[str, Any] | None = None,
     advance: Callable[[int], object] = lambda n: None,
 ) -> None:
     """Write a folder that `transformers` reads; config.json comes last.
@@ -142,41 +139,27 @@ def write(
         source: Of the model's arrays.
         dtype: Of the weights.
         shard_bytes: Of one file, at most; an array that is larger has a file for itself.
-        eot_id, bos_id: As for `families.config_json`.
+        ids: As for `families.config_json`.
         advance: Called with the bytes of each array that is written.
 
     Raises:
         CheckpointError: `transformers` has no such model, the source is not of it, or a weight is
             too large for the dtype.
     """
-    config = config_json(model, dtype, eot_id=eot_id, bos_id=bos_id)
+    config = config_json(model, dtype, ids=ids)
     family = family_of(config)
     assert family is not None, "config_json names one of them"
-    source = fitted(source, model)
-    listed = {tensor.name: tensor for tensor in tensors(family, model)}
-    arrays = {name: Array(tensor.shape, dtype) for name, tensor in listed.items()}
-
-    def read(name: str) -> np.ndarray:
-        tensor = listed[name]
-        if tensor.keys == (TABLE,) and TABLE_BIAS in source.arrays:
-            return _embedding(source, dtype)
-        whole = np.empty(tensor.shape if len(tensor.keys) > 1 else 0, dtype)
-        for key in tensor.keys:
-            whole = tensor.put(
-                whole, key, cast(source.read(key), dtype, f"{key} in {source.where}")
-            )
-        return whole
-
-    files = _in_files(arrays, shard_bytes)
+    weights = Renamed(source, family, model, dtype)
+    files = _in_files(weights.arrays, shard_bytes)
     for name, inside in files.items():
-        safetensors.write(storage.join(folder, name), inside, read, advance)
+        safetensors.write(storage.join(folder, name), inside, weights.read, advance)
     if len(files) > 1:
         index = {
-            "metadata": {"total_size": sum(array.n_bytes for array in arrays.values())},
+            "metadata": {"total_size": sum(array.n_bytes for array in weights.arrays.values())},
             "weight_map": {array: name for name, inside in files.items() for array in inside},
         }
-        _write_json(storage.join(folder, _SAFETENSORS + _INDEX), index)
-    _write_json(storage.join(folder, CONFIG), config)
+        write_json(storage.join(folder, _SAFETENSORS + _INDEX), index)
+    write_json(storage.join(folder, CONFIG), config)
 
 
 def _in_files(arrays: Mapping[str, Array], shard_bytes: int) -> dict[str, dict[str, Array]]:
@@ -197,20 +180,6 @@ def _in_files(arrays: Mapping[str, Array], shard_bytes: int) -> dict[str, dict[s
     return {f"{stem}-{i:05d}-of-{len(parts):05d}.{suffix}": part for i, part in enumerate(parts, 1)}
 
 
-def _embedding(source: Source, dtype: np.dtype[Any]) -> np.ndarray:
-    """Return the embedding `[V, D]` with the bias in it, added in float32."""
-    what = f"{TABLE} in {source.where}"
-    bias_D = source.read(TABLE_BIAS).astype(np.float32)
-    table_VD = source.read(TABLE)
-    if not bias_D.any():  # adding it would make -0 into 0
-        return cast(table_VD, dtype, what)
-    result_VD = np.empty(table_VD.shape, dtype)
-    for begin in range(0, len(table_VD), _ROWS_AT_A_TIME):
-        part = slice(begin, begin + _ROWS_AT_A_TIME)
-        result_VD[part] = cast(table_VD[part].astype(np.float32) + bias_D, dtype, what)
-    return result_VD
-
-
 def read_json(path: str) -> dict[str, Any]:
     """Read a file that holds a JSON object.
 
@@ -228,5 +197,6 @@ def read_json(path: str) -> dict[str, Any]:
     return value
 
 
-def _write_json(path: str, value: Mapping[str, Any]) -> None:
+def write_json(path: str, value: Mapping[str, Any]) -> None:
+    """Write a file that holds a JSON object."""
     storage.write_text_atomically(path, json.dumps(value, indent=2) + "\n")

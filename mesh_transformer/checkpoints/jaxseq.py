@@ -2,7 +2,7 @@
 
     config.json            what the model is, in the words of transformers
     params.msgpack         its weights, one after the other
-    train_state.msgpack    the same with an optimizer's state, which is not read
+    train_state.msgpack    the same with an optimizer's state: the weights are read, and not written
 
 Flax's names follow from those of transformers: scale, kernel and embedding instead of weight, and
 every matrix the other way round. Only its LLaMA has names of its own; it turns neighbouring
@@ -13,21 +13,28 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from mesh_transformer import storage
-from mesh_transformer.checkpoints import flax_files
-from mesh_transformer.checkpoints.families import keys_by
+from mesh_transformer.checkpoints import flax_files, flax_writer
+from mesh_transformer.checkpoints.families import config_json, described, keys_by
 from mesh_transformer.checkpoints.family import Family, Number, Row, Size, shown
 from mesh_transformer.checkpoints.gpt_families import GPT2, GPTJ, OPT
-from mesh_transformer.checkpoints.huggingface import CONFIG, read_json
+from mesh_transformer.checkpoints.huggingface import CONFIG, read_json, write_json
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.llama_families import LLAMA
 from mesh_transformer.checkpoints.named import NamedSource
+from mesh_transformer.checkpoints.renaming import Renamed
+from mesh_transformer.checkpoints.source import Source
 from mesh_transformer.config import ModelConfig
 
 FILES = ("params.msgpack", "train_state.msgpack")
 
+_PROGRAM = "JAXSeq"
+_PADDED_FROM = "unpadded_vocab_size"
 _T = "transformer/h/{}/"
 _BLOCK = "layers/block/"
 _LLAMA_ROWS = (
@@ -126,7 +133,47 @@ class JaxSeq(NamedSource):
 
 def _padded(config: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     """Say where the padding of a vocabulary begins, which JAXSeq gives no probability."""
-    n_tokens = config.get("unpadded_vocab_size")
+    n_tokens = config.get(_PADDED_FROM)
     if type(n_tokens) is not int or not 0 < n_tokens < model.n_vocab:
         return {}
     return {"n_tokens": n_tokens}
+
+
+def check(model: ModelConfig) -> None:
+    """Refuse a model that JAXSeq does not compute.
+
+    Raises:
+        CheckpointError: Every reason is listed.
+    """
+    described(model, FAMILIES, _PROGRAM)
+
+
+def write(
+    folder: str,
+    source: Source,
+    model: ModelConfig,
+    *,
+    dtype: np.dtype[Any],
+    advance: Callable[[int], object],
+) -> None:
+    """Write weights, and what describes their model, as JAXSeq saves `params`.
+
+    Args:
+        folder: There already, and empty.
+        source: Of the model's arrays.
+        dtype: Of the weights.
+        advance: Called with the bytes of each array that is written.
+
+    Raises:
+        CheckpointError: JAXSeq does not compute such a model, the source is not of it, or an array
+            is too large for the dtype or for a stream.
+    """
+    config = config_json(model, dtype, families=FAMILIES, program=_PROGRAM)
+    family = next(it for it in FAMILIES if it.model_type == config["model_type"])
+    if model.n_tokens < model.n_vocab:
+        config[_PADDED_FROM] = model.n_tokens
+    weights = Renamed(source, family, model, dtype)
+    flax_writer.check_stream(weights.arrays)
+    path = storage.join(folder, FILES[0])
+    flax_writer.write_stream(path, weights.arrays, weights.read, advance)
+    write_json(storage.join(folder, CONFIG), config)

@@ -11,6 +11,7 @@ from mesh_transformer.checkpoints import layout, reading
 from mesh_transformer.checkpoints.fingerprint import as_digits, box_sum
 from mesh_transformer.checkpoints.pieces import Pieces
 from mesh_transformer.checkpoints.source import MU, PARAMS, Array, Counts, Key
+from mesh_transformer.config import recorded
 
 
 class NativeSource:
@@ -60,8 +61,9 @@ class NativeSource:
 
     @property
     def known(self) -> Mapping[str, Any]:
-        """The flat configuration that it was saved with."""
-        return dict(self._pieces.about["extra"].get("config") or {})
+        """The flat configuration that it was saved with, and defaults of keys it had none of."""
+        config = self._pieces.about["extra"].get("config")
+        return recorded(config) if config else {}
 
     @property
     def position(self) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ import io
 import math
 import re
 import struct
+import sys
 import threading
 import tokenize
 import zipfile
@@ -230,24 +231,34 @@ class _Ranges(io.RawIOBase):
         return len(wanted)
 
 
+@contextlib.contextmanager
+def writing_zip(archive: str) -> Iterator[zipfile.ZipFile]:
+    """Give an archive to write, uncompressed: the block leaves a whole one or raises."""
+    file = storage.open(archive, "wb")
+    opened = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED)
+    try:
+        yield opened
+    except BaseException:
+        opened.fp = None  # or its directory would be written, into a file that is closed
+        file.__exit__(*sys.exc_info())
+        raise
+    with file:  # of a remote file nothing appears on an error
+        opened.close()
+
+
 class Writer:
     """Writes an archive array by array; in a `with` block, which leaves a whole one or raises."""
 
     def __init__(self, archive: str) -> None:
-        self._file = storage.open(archive, "wb")
-        self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
+        self._opened = writing_zip(archive)
         self._n = 0
 
     def __enter__(self) -> Writer:
+        self._zip = self._opened.__enter__()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None:
-            with self._file:  # of a remote file nothing appears on an error
-                self._zip.close()
-        else:
-            self._zip.fp = None  # or its directory would be written, into a file that is closed
-            self._file.__exit__(kind, error, trace)
+        self._opened.__exit__(kind, error, trace)
 
     def add(self, array: np.ndarray) -> None:
         """Write the next array, as `np.savez` does."""

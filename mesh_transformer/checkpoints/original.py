@@ -61,7 +61,7 @@ def weight_leaves(model: ModelConfig) -> list[Leaf]:
         for layer in range(model.layers) if "{}" in row.module else (None,):
             key = Key(PARAMS, f"decoder/{row.path}", layer)
             module = _ROOT + row.module.format(layer)
-            held = _parts_of(key)
+            held = parts_of(key)
             if held[0] in shapes:
                 shape = shapes[held[0]]
                 shape = (*shape[:-1], len(held) * shape[-1]) if len(held) > 1 else shape
@@ -75,7 +75,7 @@ def weight_leaves(model: ModelConfig) -> list[Leaf]:
     return [leaf._replace(name=f"params/{module}/{name}") for module, name, leaf in found]
 
 
-def _parts_of(key: Key) -> tuple[Key, ...]:
+def parts_of(key: Key) -> tuple[Key, ...]:
     """List our arrays in one of theirs: of queries, keys and values, where it holds all three."""
     if roles.COMBINED not in key.path:
         return (key,)
@@ -122,6 +122,18 @@ def check_computed(model: ModelConfig) -> None:
         raise CheckpointError("\n  - ".join([heading, *problems]))
 
 
+def check_held(model: ModelConfig) -> None:
+    """Refuse a model whose shards neither the original nor its fork has.
+
+    Raises:
+        CheckpointError: Every key that says otherwise is listed, by which of both is closer.
+    """
+    kinds = (network_rules.ORIGINAL, network_rules.FORK)
+    if problems := min((network_rules.unlike(it, vars(model)) for it in kinds), key=len):
+        heading = "mesh-transformer-jax has no checkpoints of such a model:"
+        raise CheckpointError("\n  - ".join([heading, *problems]))
+
+
 def n_files_of(n_leaves: int) -> list[int]:
     """Say how many arrays each of the 16 files holds: the first ones may hold one more."""
     each, more = divmod(n_leaves, N_FILES)
@@ -157,7 +169,7 @@ class Original:
             heading = f"{folder} does not fit the configuration:"
             raise CheckpointError("\n  - ".join([heading, *problems]))
         self._at = {
-            key: i for i, leaf in enumerate(self._leaves) if leaf.key for key in _parts_of(leaf.key)
+            key: i for i, leaf in enumerate(self._leaves) if leaf.key for key in parts_of(leaf.key)
         }
         spare = [i for i, leaf in enumerate(self._leaves) if leaf.role and not leaf.key]
         self.unused = [members[i] for members in self._members for i in spare]
@@ -194,7 +206,7 @@ class Original:
         """Read one array from all shards, and merge them."""
         leaf = self._leaves[self._at[key]]
         assert leaf.key is not None
-        merged, parts = self._merged(key), _parts_of(leaf.key)
+        merged, parts = self._merged(key), parts_of(leaf.key)
         if len(parts) == 1:
             return merged
         by_head = merged.reshape(*merged.shape[:-1], self._n_heads, len(parts), -1)
@@ -229,7 +241,7 @@ class Original:
         leaf = self._leaves[at]
         expected = leaf.part_shape(self.n_shards)
         assert leaf.key is not None
-        dtype = self.arrays[_parts_of(leaf.key)[0]].dtype
+        dtype = self.arrays[parts_of(leaf.key)[0]].dtype
         if (part.shape, part.dtype) != (expected, dtype):
             raise CheckpointError(
                 f"{self._members[shard][at]} is {list(part.shape)} of {part.dtype}; {leaf.name} is "

@@ -1,4 +1,7 @@
-"""Checkpoints of mesh-transformer-jax's first model, written; `original` says what is in them."""
+"""Checkpoints of mesh-transformer-jax's first model, and of its fork's others, written.
+
+`original` says what is in them.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,14 @@ import numpy as np
 from mesh_transformer import storage
 from mesh_transformer.checkpoints import npz, roles
 from mesh_transformer.checkpoints.fitting import cast, weights_dtype
-from mesh_transformer.checkpoints.original import Leaf, check_computed, leaves, n_files_of
-from mesh_transformer.checkpoints.source import PARAMS, Source
+from mesh_transformer.checkpoints.original import (
+    Leaf,
+    check_held,
+    leaves,
+    n_files_of,
+    parts_of,
+)
+from mesh_transformer.checkpoints.source import PARAMS, Key, Source
 from mesh_transformer.config import ModelConfig
 
 _WRITERS = 4  # shards written at a time
@@ -39,11 +48,15 @@ def write(
         advance: Called with the bytes of each array of the source's that is written.
 
     Raises:
-        CheckpointError: The original does not compute such a model.
+        CheckpointError: Neither the original nor its fork computes such a model.
     """
-    check_computed(model)
+    check_held(model)
     listed = leaves(model, moments=moments)
     paths = [storage.join(folder, f"shard_{shard}") for shard in range(n_shards)]
+
+    def read(key: Key) -> np.ndarray:
+        return _whole(source, key, model.n_heads, dtype)
+
     numbers = {"step": source.step}
     if moments:
         assert source.counts is not None
@@ -58,16 +71,28 @@ def write(
             for archive in archives:
                 opened.enter_context(archive)
             for leaf in listed[begin : begin + n]:
-                _write_leaf(leaf, source, numbers, archives, dtype, pool, advance)
+                spare = dtype or weights_dtype(source)
+                _write_leaf(leaf, read, numbers, archives, spare, pool, advance)
         begin += n
+
+
+def _whole(source: Source, key: Key, n_heads: int, dtype: np.dtype[Any] | None) -> np.ndarray:
+    """Read one of the original's arrays, as which heads' queries, keys and values may be in one."""
+    parts = [source.read(it) for it in parts_of(key)]
+    if dtype is not None and key.kind == PARAMS:
+        parts = [cast(part, dtype, str(key)) for part in parts]
+    if len(parts) == 1:
+        return parts[0]
+    by_head = [part.reshape(*part.shape[:-1], n_heads, -1) for part in parts]
+    return np.stack(by_head, -2).reshape(*parts[0].shape[:-1], -1)
 
 
 def _write_leaf(
     leaf: Leaf,
-    source: Source,
+    read: Callable[[Key], np.ndarray],
     numbers: Mapping[str, int],
     archives: list[npz.Writer],
-    dtype: np.dtype[Any] | None,
+    spare: np.dtype[Any],
     pool: concurrent.futures.Executor,
     advance: Callable[[int], object],
 ) -> None:
@@ -76,11 +101,9 @@ def _write_leaf(
         whole = np.asarray(numbers[leaf.name], np.int32)
     elif leaf.key is None:
         weight = leaf.name.startswith(PARAMS)
-        whole = np.zeros(leaf.shape, (dtype or weights_dtype(source)) if weight else np.float32)
+        whole = np.zeros(leaf.shape, spare if weight else np.float32)
     else:
-        whole = source.read(leaf.key)
-        if dtype is not None and leaf.key.kind == PARAMS:
-            whole = cast(whole, dtype, str(leaf.key))
+        whole = read(leaf.key)
     kind = leaf.key.kind if leaf.key else PARAMS
     axis = None if leaf.role is None else roles.split_axis(leaf.role)
     if leaf.role is not None and axis is not None:

@@ -39,8 +39,15 @@ _MADE_OF: Mapping[Format, str] = {
     r"|(generation_|tokenizer_)?config\.json|(tokenizer|vocab|added_tokens|special_tokens_map)\.json"
     r"|(merges|vocab)\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.(json|jinja)"
     r"|additional_chat_templates|\.gitattributes|README\.md|LICENSE|USE_POLICY\.md",
+    "jaxseq": r"params\.msgpack|config\.json",
+    "zero-transformer": r"params_\d+(\.pth)?|model_config\.yaml",
+    "cerebras": r"checkpoint_\d+\.mdl|params\.yaml",
 }
 """What lies in a folder of each format that a conversion writes, and in the published ones."""
+_TOLD_BY: Mapping[Format, str] = {
+    "zero-transformer": "model_config.yaml", "cerebras": "params.yaml",
+}  # fmt: skip
+"""What lies beside files that are written, where a name alone makes a checkpoint of any file."""
 
 
 def check_apart(output: str, source: Source) -> None:
@@ -96,7 +103,8 @@ def _check_free(folder: str, *, overwrite: bool) -> None:
         format = opening.find(folder).format
     except CheckpointError as error:
         raise _irreplaceable(folder, "no checkpoint") from error
-    if format not in _MADE_OF:
+    names = storage.children(folder)
+    if format not in _MADE_OF or _TOLD_BY.get(format, names[0]) not in names:
         raise _irreplaceable(folder, "no checkpoint that is written here")
     if others := _others(folder, _MADE_OF[format]):
         raise _irreplaceable(folder, f"holds {others[0]}, which is no part of a checkpoint")

@@ -2,7 +2,7 @@
 
     checkpoints/params/params_42000       weights, as Flax packs a tree; so `checkpoint_42000`
     model_params_42000.msgpack            the same, taken out of a training state
-    417M.pth                              a state dict by the programs' own PyTorch port
+    417M.pth, params_42000.pth            a state dict by the programs' own PyTorch port
 
 They hold no configuration. The models are GPT-2's with ALiBi or without any positions, with a tied
 head; the newer program's without biases and with scales alone in its norms. Trained is what Flax
@@ -21,13 +21,24 @@ import numpy as np
 
 from mesh_transformer import storage
 from mesh_transformer.checkpoints import flax_files, pytorch
-from mesh_transformer.checkpoints.family import Family, Row, norm, pair
+from mesh_transformer.checkpoints.family import (
+    BOOLEAN,
+    Choice,
+    Derived,
+    Family,
+    Json,
+    Keys,
+    Row,
+    Size,
+    norm,
+    pair,
+)
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.named import NamedSource, Stored
 from mesh_transformer.checkpoints.source import Array
 from mesh_transformer.config import ModelConfig
 
-_NAME = "ZeRO-transformer"
+NAME = "ZeRO-transformer"
 _STEP = re.compile(r"(?:params|checkpoint)_(\d+)")
 _BLOCK = "layers/block/"
 _B, _P = "TransformerBlock_{}/", "blocks.{}."
@@ -43,8 +54,8 @@ _TORCH_LAYERS = {
     **{f"attn.{word}": f"attention/{word[0]}" for word in ("query", "key", "value")},
     **{"attn.fc_resid": "attention/o", "mlp.fc1": "ff/in", "mlp.fc_resid": "ff/out"},
 }
-_SHARED_ROW = " (row 1)"  # ends the name of what all tokens are given of a table of positions
-_TABLES = ("wpe/embedding", "wpe.weight")
+SHARED_ROW = " (row 1)"  # ends the name of what all tokens are given of a table of positions
+TABLES = ("wpe/embedding", "wpe.weight")
 _OURS: Mapping[str, Any] = {
     **{"norm_epsilon": 1e-6, "activation": "gelu_new", "tie_embeddings": True, "head_bias": False},
     **{"final_norm": True, "gated": False, "embed_norm": False, "embed_scale": 1.0, "window": 0},
@@ -60,17 +71,55 @@ def _flax_layer(theirs: str, ours: str) -> tuple[Row, Row]:
     return Row(f"{theirs}/kernel", f"{ours}/w"), Row(f"{theirs}/bias", f"{ours}/b")
 
 
-def _table(rows: tuple[Row, ...], constants: str) -> Family:
+def _write_norm(model: ModelConfig) -> Json:
+    needed = "layernorm" if model.qkv_bias else "layernorm-nobias"
+    if model.norm != needed:
+        raise ValueError(
+            f"norm is {model.norm!r}; {{}} has 'layernorm' where qkv_bias is true, and "
+            "'layernorm-nobias' where it is false"
+        )
+    return {"norm": model.norm}
+
+
+def _write_table(model: ModelConfig) -> Json:
+    needed = model.qkv_bias and model.pe != "alibi"
+    if model.embed_bias != needed:
+        raise ValueError(
+            f"embed_bias is {model.embed_bias!r}; {{}} has one, which is its table of positions, "
+            "where qkv_bias is true and pe is 'none', and only there"
+        )
+    return {"embed_bias": needed}
+
+
+SIZES = (
+    Size("embedding_dim", "d_model"),
+    Size("vocab_size", "n_vocab"),
+    Size("num_head", "n_heads"),
+    Size("N", "layers"),
+)
+_KINDS: tuple[Keys, ...] = (
+    Choice("alibi_attn", "pe", {True: "alibi", False: "none"}, False),
+    Choice("fused_residuals", "residual", {False: "sequential", True: "parallel"}, False),
+    Choice("use_bias", "qkv_bias o_bias ff_bias", BOOLEAN, False),
+    Derived("norm", lambda config, keys: {"norm": config["norm"]}, _write_norm),
+    Derived("embed_bias", lambda config, keys: {"embed_bias": config["embed_bias"]}, _write_table),
+)
+"""What files tell by which arrays there are, and the programs' configurations by some of these."""
+
+
+def _table(length: str, rows: tuple[Row, ...], constants: str) -> Family:
     return Family(
-        name=_NAME, model_type="", architecture="", prefix="", keys=(), same={}, ours=_OURS,
+        name=NAME, model_type="", architecture="", prefix="",
+        keys=(*SIZES, Size(length, "seq"), *_KINDS), same={}, ours=_OURS,
         also={}, begin_id=0, eot_id=0, rows=rows, constants=constants,
     )  # fmt: skip
 
 
 FLAX = _table(
+    "block_size",
     (
         Row("wte/embedding", "embed/embeddings"),
-        Row(_TABLES[0] + _SHARED_ROW, "embed/b"),
+        Row(TABLES[0] + SHARED_ROW, "embed/b"),
         *_flax_norm(_B + "LayerNorm_0", _BLOCK + "norm"),
         *_flax_norm(_B + "LayerNorm_1", _BLOCK + "ff_norm"),
         *(row for it in _LAYERS.items() for row in _flax_layer(_B + it[0], _BLOCK + it[1])),
@@ -79,9 +128,10 @@ FLAX = _table(
     "(?!)",
 )
 TORCH = _table(
+    "num_ctx",
     (
         Row("wte.weight", "embed/embeddings"),
-        Row(_TABLES[1] + _SHARED_ROW, "embed/b"),
+        Row(TABLES[1] + SHARED_ROW, "embed/b"),
         *norm(_P + "ln1", _BLOCK + "norm"),
         *norm(_P + "ln2", _BLOCK + "ff_norm"),
         *(row for it in _TORCH_LAYERS.items() for row in pair(_P + it[0], _BLOCK + it[1])),
@@ -117,8 +167,8 @@ def find(path: str) -> str | None:
     if name.endswith(".msgpack"):
         return path if storage.exists(path) else None
     for folder in (path, storage.join(path, "params")):
-        steps = {match[0]: int(match[1]) for it in storage.children(folder)
-                 if (match := _STEP.fullmatch(it))}  # fmt: skip
+        steps = {it: int(match[1]) for it in storage.children(folder)
+                 if (match := _STEP.fullmatch(it.removesuffix(".pth")))}  # fmt: skip
         if steps:
             return storage.join(folder, max(steps, key=lambda it: steps[it]))
     return None
@@ -135,19 +185,19 @@ class ZeroTransformer(NamedSource):
     def __init__(self, path: str, model: ModelConfig) -> None:
         is_torch = path.endswith(".pth")
         stored = _torch(path) if is_torch else _flax(path)
-        for table in _TABLES:
+        for table in TABLES:
             if table in stored and len(stored[table].shape) == 2 and stored[table].shape[0] > 1:
-                stored[table + _SHARED_ROW] = _Row(stored.pop(table), 1)
+                stored[table + SHARED_ROW] = _Row(stored.pop(table), 1)
         family = TORCH if is_torch else FLAX
         known = _known(stored)
         ours = vars(model)
         if wrong := [key for key, value in known.items() if ours[key] != value]:
             listed = [f"{key} is {ours[key]!r}, {known[key]!r} in the file" for key in wrong]
-            heading = f"{path}, of {_NAME}, does not fit the configuration:"
+            heading = f"{path}, of {NAME}, does not fit the configuration:"
             raise CheckpointError("\n  - ".join([heading, *listed]))
-        what = f"weights of {_NAME}, {'PyTorch' if is_torch else 'Flax'}"
+        what = f"weights of {NAME}, {'PyTorch' if is_torch else 'Flax'}"
         super().__init__(path, what, family, model, known, stored, "configuration")
-        match = re.search(r"_(\d+)(?:\.msgpack)?$", path)
+        match = re.search(r"_(\d+)(?:\.msgpack|\.pth)?$", path)
         self.step = int(match[1]) if match else 0
 
 
@@ -165,6 +215,12 @@ def _torch(path: str) -> dict[str, Stored]:
         re.sub(r"(blocks\.\d+\.)ln\.", r"\1ln1.", name): it
         for name, it in pytorch.read_header(path).items()
     }
+
+
+def port_name(name: str, model: ModelConfig) -> str:
+    """Return what the port calls an array of `TORCH`: the one norm of a block is `ln` there."""
+    one_norm = model.residual == "parallel"
+    return re.sub(r"(blocks\.\d+\.)ln1\.", r"\1ln.", name) if one_norm else name
 
 
 def _known(stored: Mapping[str, Stored]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from mesh_transformer.data import DataError, cleaning
+from mesh_transformer.data import DataError, borders, cleaning
 from mesh_transformer.data.documents import Piece
 from mesh_transformer.data.packing import Documents
 from mesh_transformer.data.tokenizer import Tokenizer
@@ -31,11 +31,13 @@ class Encoder:
         tokenizer: Turns it into ids.
         fix_encoding: Repair it with ftfy first.
         detokenize_wikitext: Undo WikiText's spacing first.
+        pad_id: The token that no text may hold, since records are filled up with it; None: any may.
     """
 
     tokenizer: Tokenizer
     fix_encoding: bool = False
     detokenize_wikitext: bool = False
+    pad_id: int | None = None
 
     @property
     def dtype(self) -> np.dtype:
@@ -43,13 +45,8 @@ class Encoder:
         return np.dtype(np.uint16 if self.tokenizer.n_tokens <= 1 << 16 else np.uint32)
 
     def __call__(self, pieces: list[Piece]) -> _Encoded:
-        """Encode pieces; the end-of-text id follows those that end a document.
-
-        A tokenizer's begin-of-text id comes before those that begin one. Where both are the same
-        id, one between two documents is both.
-        """
-        bos_id = self.tokenizer.bos_id
-        begin = [] if bos_id in (None, self.tokenizer.eot_id) else [bos_id]
+        """Encode pieces, with what `borders` puts before and after documents."""
+        begin = borders.document_begin(self.tokenizer)
         tokens: list[int] = []
         ends, n_bytes = [], 0
         for piece in pieces:
@@ -59,11 +56,17 @@ class Encoder:
             if self.detokenize_wikitext:
                 text = cleaning.detokenize_wikitext(text)
             n_bytes += len(text.encode())
-            tokens += begin if piece.begins else []
             try:
-                tokens += self.tokenizer.encode(text)
+                ids = self.tokenizer.encode(text)
             except Exception as error:  # the package tokenizers has no class of its own for errors
                 raise DataError(f"{piece.place}: cannot be tokenised: {error!r}") from error
+            ids = [*begin, *ids] if piece.begins else ids
+            if self.pad_id in ids:
+                raise DataError(
+                    f"{piece.place}: a text holds the token {self.pad_id}, which is what records "
+                    "are filled up with: choose another --pad-id"
+                )
+            tokens += ids
             if piece.ends:
                 tokens.append(self.tokenizer.eot_id)
                 ends.append(len(tokens))

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mesh_transformer.data import DataError
 from mesh_transformer.data.packing import Documents, shuffled
 
 
@@ -21,7 +20,7 @@ class Pairs:
     """Inputs and outputs, one document of each in turn, and the shape of their records.
 
     Attributes:
-        texts: The documents; each ends with the id that ends a text.
+        texts: The documents; each ends with the id that ends a text, and holds no `pad_id`.
         encoder_seq: Tokens of an input, its end included. What is longer loses what comes before
             its end.
         seq: Tokens of an output, its end included. What is longer loses its end and more: nothing
@@ -44,11 +43,7 @@ class Pairs:
         return int(too_long[0].sum()), int(too_long[1].sum())
 
     def passes(self, n_passes: int, rng: random.Random | None) -> Iterator[Iterator[np.ndarray]]:
-        """Yield the records of all pairs, `n_passes` times, shuffled each time if there is an rng.
-
-        Raises:
-            DataError: A text holds the token that is padding.
-        """
+        """Yield the records of all pairs, `n_passes` times, each shuffled if there is an rng."""
         order = np.arange(len(self))
         for _ in range(n_passes):
             order = shuffled(order, rng) if rng else order
@@ -63,11 +58,6 @@ class Pairs:
         record = np.full(first + self.seq, self.pad_id, target.dtype)
         record[: len(source)] = source
         record[first : first + len(target)] = target
-        if self.pad_id in source or self.pad_id in target:
-            raise DataError(
-                f"pair {number + 1} holds the token {self.pad_id}, which is what records are "
-                "filled up with: choose another --pad-id"
-            )
         return record
 
     def _text(self, number: int) -> np.ndarray:

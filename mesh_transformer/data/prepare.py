@@ -248,7 +248,10 @@ def _tokenise(
     files: list[Path], spool: IO[bytes], tokenizer: Tokenizer, options: Options, workers: int | None
 ) -> tuple[packing.Documents, int]:
     encoder = Encoder(
-        tokenizer, options.normalize_with_ftfy, options.normalize_with_wikitext_detokenize
+        tokenizer,
+        options.normalize_with_ftfy,
+        options.normalize_with_wikitext_detokenize,
+        options.pad_id if options.encoder_seq else None,
     )
     separator = None if options.treat_eot_as_text else tokenizer.eot_text
     n_input = sum(file.stat().st_size for file in files)

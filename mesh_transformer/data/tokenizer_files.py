@@ -17,20 +17,28 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from mesh_transformer import storage
-from mesh_transformer.data import DataError
+from mesh_transformer.data import DataError, borders
 from mesh_transformer.data.tokenizer import Bytes, Subwords, Tokenizer, byte_alphabet
 
 TEMPERATURE, TOP_P = 0.75, 0.9
 """How `generate` draws unless told otherwise: as device_sample.py does."""
 
-_GENERATION = "generation_config.json"
-_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_GENERATION, _MODEL = "generation_config.json", "config.json"
+_BOS, _EOS, _PAD = _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _FAST = "PreTrainedTokenizerFast"
-_COPIED = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+_COPIED = (
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+_TEMPLATES = "additional_chat_templates"
 
 
 def write(folder: str, tokenizer: Tokenizer, n_vocab: int, *, start_id: int | None = None) -> None:
     """Write a tokenizer's files, and generation_config.json, into a folder that is there.
+
+    A generation_config.json beside the tokenizer's own files is kept as it is; only the ids that
+    it lacks are added, and ids that the model has not are left out.
 
     Args:
         n_vocab: Rows of the model's vocabulary. As in the published GPT-J, gpt2's ids beyond those
@@ -49,36 +57,63 @@ def write(folder: str, tokenizer: Tokenizer, n_vocab: int, *, start_id: int | No
         _copy(folder, tokenizer)
     else:
         raise DataError(f"tokenizer {tokenizer.name} has no tokenizer.json that could be copied")
-    _write_json(folder, _GENERATION, _generation(tokenizer, start_id))
+    ids = special_ids(tokenizer, n_vocab, start_id=start_id)
+    start = {} if start_id is None else {"decoder_start_token_id": start_id}
+    drawn = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P}
+    drawn["top_k"] = 0  # off; left out it would be 50
+    said = _beside(tokenizer, _GENERATION) or drawn
+    lacking = {name for name in _IDS if said.get(name) is not None} - ids.keys()
+    kept = {name: value for name, value in said.items() if name not in lacking}
+    _write_json(folder, _GENERATION, {**kept, **ids, **start})
 
 
-def _generation(tokenizer: Tokenizer, start_id: int | None) -> dict[str, Any]:
-    """Say how a model generates: by the ids that its own folder names, if it is the tokenizer's."""
-    begin_id = tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id
-    ids = {"eos_token_id": tokenizer.eot_id, "pad_token_id": tokenizer.eot_id}
+def special_ids(
+    tokenizer: Tokenizer, n_vocab: int, *, start_id: int | None = None
+) -> dict[str, Any]:
+    """Say which tokens begin, end and pad texts, for config.json and generation_config.json alike.
+
+    These files of a model, beside its tokenizer's, say it first; else the tokenizer does. Padding
+    is named only where a model has some of its own: PyTorch learns nothing of a token that pads.
+
+    Args:
+        n_vocab, start_id: As for `write`.
+
+    Returns:
+        bos_token_id, eos_token_id (an id, or a list of them) and pad_token_id, as far as they are
+        known and in the vocabulary.
+
+    Raises:
+        DataError: A file beside the tokenizer's is damaged.
+    """
+    ids: dict[str, Any] = {_EOS: tokenizer.eot_id}
     if start_id is None:
-        ids |= {"bos_token_id": begin_id, **_own_ids(tokenizer)}
-    else:
-        ids |= _own_ids(tokenizer) | {"decoder_start_token_id": start_id, "pad_token_id": start_id}
-    return {
-        **ids,
-        "do_sample": True,
-        "temperature": TEMPERATURE,
-        "top_p": TOP_P,
-        "top_k": 0,  # off; left out it would be 50
-    }
+        ids[_BOS] = borders.first_id(tokenizer)
+    for name in (_MODEL, _GENERATION):
+        said = _beside(tokenizer, name)
+        ids |= {key: said[key] for key in _IDS if said.get(key) is not None}
+    if start_id is not None:
+        ids[_PAD] = start_id
+    return {key: found for key, found in ids.items() if _is_known(found, n_vocab)}
 
 
-def _own_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+def _is_known(ids: Any, n_vocab: int) -> bool:
+    listed = ids if isinstance(ids, list) else [ids]
+    return all(type(it) is int and 0 <= it < n_vocab for it in listed)
+
+
+def _beside(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
+    """Read a file of the model that a tokenizer's files lie beside; empty if there is none."""
     files = tokenizer.files if isinstance(tokenizer, Subwords) else ()
-    beside = [file.with_name(_GENERATION) for file in files]
-    if not beside or not beside[0].is_file():
+    path = files[0].with_name(name) if files else None
+    if path is None or not path.is_file():
         return {}
     try:
-        said = json.loads(beside[0].read_text(encoding="utf-8"))
-        return {name: said[name] for name in _IDS if said.get(name) is not None}
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{beside[0]} is not a JSON object: {error}") from error
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not a JSON object: {error}") from error
+    if not isinstance(said, dict):
+        raise DataError(f"{path} is not a JSON object: it holds {said!r}")
+    return said
 
 
 def _bytes() -> tokenizers.Tokenizer:
@@ -146,7 +181,10 @@ def check(tokenizer: Tokenizer, n_vocab: int) -> None:
 
 
 def _copy(folder: str, tokenizer: Subwords) -> None:
-    """Copy the files that a tokenizer was loaded from."""
+    """Copy the files that a tokenizer was loaded from, and what `transformers` reads beside them.
+
+    SentencePiece's own file, the words of older releases, and templates of chats.
+    """
     file, config = tokenizer.files
     storage.write_bytes_atomically(storage.join(folder, "tokenizer.json"), file.read_bytes())
     if config.is_file():
@@ -155,10 +193,11 @@ def _copy(folder: str, tokenizer: Subwords) -> None:
     else:
         about = {"tokenizer_class": _FAST, "eos_token": tokenizer.eot_text}
         _write_json(folder, "tokenizer_config.json", about)
-    for name in _COPIED:
-        beside = file.with_name(name)
+    templates = sorted(file.with_name(_TEMPLATES).glob("*.jinja"))
+    for beside in (*map(file.with_name, _COPIED), *templates):
         if beside.is_file():
-            storage.write_bytes_atomically(storage.join(folder, name), beside.read_bytes())
+            target = storage.join(folder, beside.relative_to(file.parent).as_posix())
+            storage.write_bytes_atomically(target, beside.read_bytes())
 
 
 def _write_json(folder: str, name: str, value: Mapping[str, Any]) -> None:

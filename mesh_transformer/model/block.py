@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.attention import Cache, attention, n_kv_heads_held
 from mesh_transformer.model.dropout import NOTHING_DROPPED, LayerKeys, dropout
+from mesh_transformer.model.initial import stddevs
 from mesh_transformer.model.layers import (
     PRODUCT,
     Matrix,
@@ -28,7 +28,6 @@ from mesh_transformer.model.layers import (
     plus,
 )
 from mesh_transformer.model.mixing import static_sgu
-from mesh_transformer.model.mup import ff_out_spread
 from mesh_transformer.model.positions import Positions, rotate
 from mesh_transformer.sharding import columns, columns_of_copies, rows, shard
 
@@ -106,7 +105,7 @@ class Block(hk.Module):
             return then(shard(x_BTD + dropped(h_BTD, key=keys.after_ff), "BTD")), cache
         y_BTD, mixed_BTD = norm(x_BTD), None
         if cfg.use_static_sgu:
-            mixed_BTD, attended_BTD = jnp.split(y_BTD, 2, axis=-1)
+            mixed_BTD, attended_BTD = jnp.split(y_BTD, [cfg.d_mixed], axis=-1)
             mixed_BTD, cache = _mix(mixed_BTD, positions, cache)
             made = (*_products(attended_BTD, heads.inputs()), *_products(y_BTD, ff.inputs()))
         elif cfg.residual == "parallel":
@@ -149,13 +148,12 @@ class FeedForward(NamedTuple):
 
     @staticmethod
     def of(config: ModelConfig) -> FeedForward:
-        read, write = _stddevs(config)
-        write *= ff_out_spread(config)
-        d_model, d_ff = config.d_model, config.d_ff
+        spread, d_model, d_ff = stddevs(config), config.d_model, config.d_ff
         with hk.name_scope("ff"):
-            up = Matrix(d_model, d_ff, read, name="in")
-            gate = Matrix(d_model, d_ff, read, name="gate") if config.gated else None
-            return FeedForward(up, gate, Matrix(d_ff, d_model, write, name="out"), config)
+            up = Matrix(d_model, d_ff, spread.ff_in, name="in")
+            gate = Matrix(d_model, d_ff, spread.ff_in, name="gate") if config.gated else None
+            out = Matrix(d_ff, d_model, spread.ff_out, name="out")
+            return FeedForward(up, gate, out, config)
 
     def inputs(self) -> tuple[Product, ...]:
         """Return what the layer's input is multiplied by."""
@@ -188,15 +186,15 @@ class Heads(NamedTuple):
 
     @staticmethod
     def of(config: ModelConfig, name: str = "attention") -> Heads:
-        d_model, width = d_attended(config), config.n_heads * config.d_head
-        read, write = (it * math.sqrt(config.d_model / d_model) for it in _stddevs(config))
+        d_attended, width = config.d_attended, config.n_heads * config.d_head
+        spread = stddevs(config)
         kv_width = config.n_kv_heads * config.d_head
         with hk.name_scope(name):
             return Heads(
-                Matrix(d_model, width, read, name="q"),
-                Matrix(d_model, kv_width, read, name="k"),
-                Matrix(d_model, kv_width, read, name="v"),
-                Matrix(width, d_model, write, name="o"),
+                Matrix(d_attended, width, spread.qkv, name="q"),
+                Matrix(d_attended, kv_width, spread.qkv, name="k"),
+                Matrix(d_attended, kv_width, spread.qkv, name="v"),
+                Matrix(width, d_attended, spread.o, name="o"),
                 HeadNorm(config, name="q_norm"),
                 HeadNorm(config, name="k_norm"),
                 config,
@@ -234,16 +232,6 @@ class Heads(NamedTuple):
 
     def add_bias(self, z_BTD: jax.Array) -> jax.Array:
         return plus(z_BTD, self.o.bias()) if self.config.o_bias else z_BTD
-
-
-def d_attended(config: ModelConfig) -> int:
-    """Return how many features attention reads and writes: half of them beside a static SGU."""
-    return config.d_model // 2 if config.use_static_sgu else config.d_model
-
-
-def _stddevs(config: ModelConfig) -> tuple[float, float]:
-    """Return the deviations of weights that read the residual stream and of those that write it."""
-    return config.d_model**-0.5, 2 / config.layers / math.sqrt(config.d_model)
 
 
 @dataclasses.dataclass

@@ -183,7 +183,7 @@ def empty_cache(
     cache = Cache(zeros_LBSGK, zeros_LBSGK, jnp.int32(0))
     by_slot = (n_sequences, n_slots)
     if config.use_static_sgu:
-        mixed = (config.layers, *by_slot, config.d_model // 2)
+        mixed = (config.layers, *by_slot, config.d_mixed)
         cache = cache._replace(y_LBSD=shard(jnp.zeros(mixed, config.compute_dtype), "LBSD"))
     if config.head_qk_trick:
         key_BSK = shard(jnp.zeros((*by_slot, HEAD_QK_FEATURES), config.compute_dtype), "BSK")

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.model.mup import head_spread
+from mesh_transformer.model.initial import stddevs
 from mesh_transformer.sharding import columns, lookup, shard
 
 PRODUCT = "product"
@@ -127,13 +127,13 @@ class Embed(hk.Module):
     def __call__(self, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the embeddings `BTD` of tokens, and the table, which a tied head multiplies by."""
         cfg = self.config
-        init = hk.initializers.TruncatedNormal(stddev=cfg.n_vocab**-0.5)
+        init = hk.initializers.TruncatedNormal(stddev=stddevs(cfg).embed)
         table_VE = hk.get_parameter("embeddings", [cfg.n_vocab, cfg.d_embed], init=init)
         x_BTD = lookup(table_VE, tokens_BT)
         if cfg.embed_scale != 1:
             x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
         if cfg.d_embed != cfg.d_model:
-            project = Matrix(cfg.d_embed, cfg.d_model, cfg.d_embed**-0.5, name="project")
+            project = Matrix(cfg.d_embed, cfg.d_model, stddevs(cfg).embed_project, name="project")
             x_BTD = x_BTD @ project()
         if cfg.embed_bias:
             x_BTD = plus(x_BTD, hk.get_parameter("b", [cfg.d_model], init=jnp.zeros))
@@ -172,15 +172,15 @@ class Unembed(hk.Module):
         if cfg.tie_embeddings:
             w_EV = shard(table_VE.T, "EV")
         else:
-            stddev = cfg.d_model**-0.5 * head_spread(cfg)
-            init = hk.initializers.TruncatedNormal(stddev=stddev)
+            init = hk.initializers.TruncatedNormal(stddev=stddevs(cfg).head)
             w_EV = hk.get_parameter("w", [cfg.d_embed, cfg.n_vocab], init=init)
         if cfg.head_bias:
             b_V = hk.get_parameter("b", [cfg.n_vocab], init=jnp.zeros)
         elif cfg.n_tokens < cfg.n_vocab:
             b_V = shard(jnp.where(jnp.arange(cfg.n_vocab) < cfg.n_tokens, 0, PADDING_BIAS), "V")
         if cfg.d_embed != cfg.d_model:
-            project_DE = Matrix(cfg.d_model, cfg.d_embed, cfg.d_model**-0.5, name="project")()
+            spread = stddevs(cfg).head_project
+            project_DE = Matrix(cfg.d_model, cfg.d_embed, spread, name="project")()
         return Head(w_EV, b_V, project_DE)
 
 

@@ -10,9 +10,10 @@ f times as wide, differs from one in the standard parametrisation in
     Adam's steps of matrices      over m, or f, where m or f times as many features are summed up
       between hidden features
 
-All other initial values are of the size that they should be anyway: this library divides those of a
-matrix by the root of the features that it sums up. Embeddings, biases and norms move as in the
-base. So does weight decay, which multiplies by the learning rate alone, whatever the width.
+All other initial values (`model.initial`) are of the size that they should be anyway: this library
+divides those of a matrix by the root of the features that it sums up. Embeddings, biases and norms
+move as in the base. So does weight decay, which multiplies by the learning rate alone, whatever the
+width.
 """
 
 from __future__ import annotations
@@ -59,20 +60,6 @@ def widths_of(config: ModelConfig) -> Widths:
         config.d_model / config.mup_base_d_model,
         config.d_ff / config.mup_base_d_ff,
     )
-
-
-def head_spread(config: ModelConfig) -> float:
-    """Return how much larger than d_model^-1/2 the head's initial weights are: as the base's."""
-    return widths_of(config).d_model ** 0.5
-
-
-def ff_out_spread(config: ModelConfig) -> float:
-    """Return how much larger than by d_model those of the feed-forward layer's output are.
-
-    By d_ff they should be. The two are alike where both widths have grown alike.
-    """
-    widths = widths_of(config)
-    return (widths.d_model / widths.d_ff) ** 0.5
 
 
 def step_size(path: str, widths: Widths) -> float:

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.model import initial
+from mesh_transformer.position_rules import YARN_TURNS
 from mesh_transformer.sharding import shard
 
 
@@ -105,8 +107,9 @@ def _kept_by_yarn(
     def pair_that_turns(times: float) -> float:
         return n_rotated * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-    first = max(math.floor(pair_that_turns(factors.get("beta_fast", 32))), 0)
-    last = min(math.ceil(pair_that_turns(factors.get("beta_slow", 1))), n_rotated - 1)
+    turns = {**YARN_TURNS, **factors}
+    first = max(math.floor(pair_that_turns(turns["beta_fast"])), 0)
+    last = min(math.ceil(pair_that_turns(turns["beta_slow"])), n_rotated - 1)
     ramp_R = (np.arange(n_rotated // 2) - first) / max(last - first, 1e-3)
     return 1 - np.clip(ramp_R, 0, 1)
 
@@ -171,7 +174,7 @@ class LearnedPositions(hk.Module):
         table_TD = hk.get_parameter(
             "embeddings",
             [cfg.seq + cfg.pe_offset, cfg.d_model],
-            init=hk.initializers.TruncatedNormal(stddev=0.02),
+            init=hk.initializers.TruncatedNormal(stddev=initial.POSITIONS),
         )
         return table_TD[positions_BT + cfg.pe_offset]
 
@@ -194,7 +197,7 @@ class RelativePositions(hk.Module):
         table_HR = hk.get_parameter(
             "embeddings",
             [cfg.n_heads, cfg.pe_buckets],
-            init=hk.initializers.TruncatedNormal(stddev=0.02),
+            init=hk.initializers.TruncatedNormal(stddev=initial.POSITIONS),
         )
         behind_BTS = positions_BT[:, :, None] - slots_S
         n_buckets = cfg.pe_buckets // 2 if self.both_ways else cfg.pe_buckets

@@ -54,6 +54,10 @@ _LOGS = {"TPU_LOG_DIR": "/tmp/tpu_logs"}
 _logger = logging.getLogger(__name__)
 
 
+_Shape = tuple[tuple[int, ...], bool]
+"""What a step is compiled for: the shape of its tokens, and whether it has a mask."""
+
+
 class _Deadline(NamedTuple):
     """How long an answer may take, and the configuration key that says so."""
 
@@ -75,7 +79,7 @@ class Cluster:
         pod = config.pod
         self._starting = _Deadline("pod_start_seconds", pod.pod_start_seconds)
         self._stepping = _Deadline("pod_step_seconds", pod.pod_step_seconds)
-        self._compiled: set[tuple[int, ...]] = set()  # shapes of batches
+        self._compiled: set[_Shape] = set()
         self._answered = time.monotonic()  # when all hosts were known to live
         self._hosts: list[Any] = []
         self._names = [node.address for node in nodes]
@@ -127,9 +131,12 @@ class Cluster:
         Raises:
             SessionLost: A host was lost or took too long over this or an earlier step.
         """
+        shape = tokens_ABT1.shape, mask_ABT is not None
+        if self._steps and shape not in {self._steps[-1].shape, *self._compiled}:
+            self.settle(self._steps[-1])  # or its metrics would wait until this one is compiled
         tokens, mask = ray.put(tokens_ABT1), None if mask_ABT is None else ray.put(mask_ABT)
         refs = [host.train.remote(tokens, mask) for host in self._hosts]
-        step = _Step(self, tokens_ABT1.shape)
+        step = _Step(self, shape)
         if self._steps:
             self._steps[-1].refs = refs
         else:
@@ -313,9 +320,9 @@ def _told(error: ray.exceptions.RayError) -> str:
 class _Step(Mapping[str, float]):
     """The metrics of a step; asking for one waits for it."""
 
-    def __init__(self, cluster: Cluster, shape: tuple[int, ...]) -> None:
+    def __init__(self, cluster: Cluster, shape: _Shape) -> None:
         self._cluster = cluster
-        self.shape = shape  # of the batch, which is compiled for
+        self.shape = shape
         self.begun: list[Any] = []  # answers that say nothing yet, but may fail
         self.refs: list[Any] = []  # answers that hold this step's metrics
         self.numbers: dict[str, float] | None = None

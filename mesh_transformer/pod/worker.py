@@ -20,9 +20,9 @@ from mesh_transformer.checkpoints import native, opening, placing
 from mesh_transformer.checkpoints.fitting import fitted
 from mesh_transformer.checkpoints.native_source import NativeSource
 from mesh_transformer.checkpoints.source import MU, NU, PARAMS, Source
-from mesh_transformer.config import Config
+from mesh_transformer.config import Config, recorded
 from mesh_transformer.model.sampling import Choice
-from mesh_transformer.network_rules import MUP
+from mesh_transformer.network_rules import FREE, LENGTHS
 from mesh_transformer.pod import checks
 from mesh_transformer.pod import prompts as prompting
 from mesh_transformer.session import Evaluation, Generation, Metrics, Position, Restored, Sampling
@@ -30,16 +30,6 @@ from mesh_transformer.sharding import COMPUTE, fetch, make_mesh, spec
 from mesh_transformer.training.memory import memory_for
 from mesh_transformer.training.optimizer import make_optimizer, restart_schedule
 from mesh_transformer.training.steps import Continuation, TrainState, make_steps
-
-# What may differ between a checkpoint and the configuration that reads it: how the model is
-# computed, trained and sampled. All else says which function the weights are the weights of.
-_FREE = {"seq", "encoder_seq", "n_tokens"} | {
-    *("compute_dtype", "remat", "unroll", "attention", "z_loss", *MUP),
-    *("dropout_embedding", "dropout_attention", "dropout_residual"),
-}
-
-# Of a checkpoint that is older than the key.
-_BEFORE = {"output_scale": 1.0}
 
 _logger = logging.getLogger(__name__)
 
@@ -212,7 +202,7 @@ class Worker:
 
     def _restore(self, step: int) -> Restored:
         checkpoints = self._own_checkpoints()
-        before = checkpoints.read_extra(step)["config"]
+        before = recorded(checkpoints.read_extra(step)["config"])
         self._check_model(before, f"the checkpoint of step {step} in {self.config.checkpoint.root}")
         self._state = self._copies = None  # the devices may not hold two states at once
         self.state, extra = checkpoints.restore(
@@ -291,7 +281,7 @@ class Worker:
             found, self.config.model, self.config.checkpoint.original_cores
         )
         padded = set() if found.format == "native" else {"n_vocab"}  # made to fit on the way
-        self._check_model(source.known, found.folder, _FREE | padded)
+        self._check_model(source.known, found.folder, padded)
         return fitted(source, self.config.model)
 
     def _read_params(self, found: opening.Found, source: Source) -> Any:
@@ -322,14 +312,19 @@ class Worker:
         return self._checkpoints
 
     def _check_model(
-        self, stored: Mapping[str, Any], where: str, free: Collection[str] = _FREE
+        self, stored: Mapping[str, Any], where: str, padded: Collection[str] = ()
     ) -> None:
-        """Refuse weights of another function: of other shapes, or of the same by chance."""
-        model, stored = dataclasses.asdict(self.config.model), {**_BEFORE, **stored}
+        """Refuse weights of another function: of other shapes, or of the same by chance.
+
+        Args:
+            stored: What the checkpoint says of its model; of keys that are absent, nothing.
+            padded: Keys in which it is made to fit.
+        """
+        free = FREE | LENGTHS | set(padded)
         problems = [
             f"{key} is {stored[key]!r} there, {value!r} in the configuration"
-            for key, value in model.items()
-            if key not in free and not _same(stored.get(key, value), value)
+            for key, value in dataclasses.asdict(self.config.model).items()
+            if key in stored and key not in free and not _same(stored[key], value)
         ]
         if problems:
             heading = f"{where} is of another model; mend the configuration, or read another:"
@@ -339,7 +334,7 @@ class Worker:
         """Log what has changed in the configuration since a checkpoint was saved."""
         now = self.config.to_flat()
         changes = [
-            f"{key} {before.get(key)!r} -> {now.get(key)!r}"
+            f"{key} {_told(before.get(key))} -> {_told(now.get(key))}"
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key)
         ]
@@ -369,6 +364,10 @@ class Worker:
             done_B=self._on_mesh(laid.done_B, "B"),
             cache=self.steps.prefill(weights, self._on_mesh(laid.fed_BT, "BT"), n_slots),
         )
+
+
+def _told(value: Any) -> str:
+    return "left out" if value is None else repr(value)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from mesh_transformer.config import Config
+from mesh_transformer.data import borders
 from mesh_transformer.data.tokenizer import TextStream, Tokenizer
 from mesh_transformer.errors import UserError
 from mesh_transformer.session import Generation, Sampling
@@ -89,7 +90,7 @@ def continuation(
         UserError: `checked_length` refuses the number of new tokens.
     """
     room = seq - checked_length(max_new_tokens, seq)
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    begin = borders.prompt_begin(tokenizer)
     ids = tokenizer.encode(prompt)
     if encoder_seq:
         ids = _for_encoder(ids, tokenizer, encoder_seq)
@@ -98,7 +99,7 @@ def continuation(
         _logger.warning("the prompt has %d tokens; only its last %d are used", len(ids), n_used)
         ids = begin + ids[len(ids) - n_used :]
     else:
-        ids = begin + ids or [tokenizer.eot_id]
+        ids = begin + ids or [borders.first_id(tokenizer)]
     text = TextStream(tokenizer)
     for piece in model.stream([ids], sampling, max_new_tokens, every=_TOKENS_AT_ONCE):
         yield "".join(map(text.push, piece.tokens[0]))
@@ -106,16 +107,11 @@ def continuation(
 
 
 def _for_encoder(ids: list[int], tokenizer: Tokenizer, encoder_seq: int) -> list[int]:
-    """Return a prompt as records hold an input: begun and ended as the tokenizer does a document.
-
-    Where one id would do both, it only ends it.
-    """
-    begin = [] if tokenizer.bos_id in (None, tokenizer.eot_id) else [tokenizer.bos_id]
-    ids = [*begin, *ids]
-    first = encoder_seq - 1
-    if len(ids) > first:
-        _logger.warning("the prompt has %d tokens; only its first %d are used", len(ids), first)
-    return [*ids[:first], tokenizer.eot_id]
+    """Return a prompt as records hold an input; say if it is cut."""
+    n, first = len(borders.document_begin(tokenizer)) + len(ids), encoder_seq - 1
+    if n > first:
+        _logger.warning("the prompt has %d tokens; only its first %d are used", n, first)
+    return borders.encoder_input(tokenizer, ids, encoder_seq)
 
 
 def asked_prompts() -> Iterator[str]:

@@ -9,13 +9,16 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import peers
 import pytest
+import smollm2
+from fake_session import Fake
 from runs import ROOT
 
 from mesh_transformer.data import tokenizer, tokenizer_files
 
-pytestmark = [pytest.mark.parity, pytest.mark.slow]
+pytestmark = pytest.mark.parity
 
 N_VOCAB = 264
 
@@ -35,6 +38,13 @@ def a_llama(folder: pathlib.Path) -> str:
     return str(folder)
 
 
+def test_what_fills_a_batch_up_is_not_in_the_loss() -> None:
+    tokens_BT1 = np.full((2, 5), 16)
+    masks_BT = [np.ones((2, 4), bool), np.arange(8).reshape(2, 4) < 3]
+    assert smollm2.loss_of(Fake(), [(tokens_BT1, mask_BT) for mask_BT in masks_BT]) == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("cores", [1, 3])
 def test_a_llama_goes_through_everything_as_in_transformers(
     cores: int, tmp_path: pathlib.Path

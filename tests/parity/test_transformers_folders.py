@@ -255,12 +255,15 @@ def test_transformers_generates_from_what_is_written(tmp_path: pathlib.Path) -> 
     model = small.parsed(n_vocab=264).model
     source = memory_source.of_model(model)
     tokens = tokenizer.load("bytes")
-    huggingface.write(str(tmp_path), source, model, dtype=FLOAT32, eot_id=tokens.eot_id)
+    ids = tokenizer_files.special_ids(tokens, model.n_vocab)
+    huggingface.write(str(tmp_path), source, model, dtype=FLOAT32, ids=ids)
     tokenizer_files.write(str(tmp_path), tokens, model.n_vocab)
     peer = load(str(tmp_path))
     drawn = peer.generation_config
     assert (drawn.do_sample, drawn.temperature, drawn.top_p, drawn.top_k) == (True, 0.75, 0.9, 0)
-    assert drawn.bos_token_id == drawn.eos_token_id == drawn.pad_token_id == 256
+    assert drawn.bos_token_id == drawn.eos_token_id == 256
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(drawn, name) == getattr(peer.config, name)
     asked = transformers.AutoTokenizer.from_pretrained(tmp_path)("abc", return_tensors="pt")
     assert peer.generate(**asked, max_new_tokens=3, min_new_tokens=3).shape == (1, 6)
 

@@ -1,0 +1,38 @@
+"""Formats of other programs that weights are written in, by the names that --format has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from mesh_transformer.checkpoints import cerebras_writer, jaxseq, zero_writer
+from mesh_transformer.config import ModelConfig
+
+
+class Foreign(NamedTuple):
+    """A format.
+
+    Attributes:
+        program: Whose it is, for messages.
+        check: Refuses a model that it cannot hold, by an error that names each key.
+        write: Writes a folder of it.
+        knows_padding: Whether it can say where the padding of a vocabulary begins.
+        folds_bias: Whether a bias of the embedding goes into its table.
+    """
+
+    program: str
+    check: Callable[[ModelConfig], None]
+    write: Callable[..., None]
+    knows_padding: bool = False
+    folds_bias: bool = True
+
+
+_ZERO = "ZeRO-transformer"
+FOREIGN = {
+    "jaxseq": Foreign("JAXSeq", jaxseq.check, jaxseq.write, knows_padding=True),
+    "zero": Foreign(_ZERO, zero_writer.check, zero_writer.write_flax, folds_bias=False),
+    "zero-torch": Foreign(
+        _ZERO, zero_writer.check_torch, zero_writer.write_torch, folds_bias=False
+    ),
+    "cerebras": Foreign("Cerebras's model zoo", cerebras_writer.check, cerebras_writer.write),
+}
