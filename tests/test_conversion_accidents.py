@@ -75,7 +75,10 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_runs_again(
     flags += ["--output", str(target), *(["--overwrite"] if overwrite else [])]
     process = step.start("resharding_example.py", *flags)
     unfinished = tmp_path / "target.unfinished"
-    begun = wait_until(lambda: len(contents(unfinished)) > 1, process)  # more than the marker
+    begun = wait_until(
+        lambda: unfinished.is_dir() and len(os.listdir(unfinished)) > 1,  # more than the marker
+        process,
+    )
     process.kill()
     status, _, told = ended(process)
     assert begun and status == -signal.SIGKILL, told
