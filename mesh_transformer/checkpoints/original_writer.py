@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from mesh_transformer.checkpoints.original import (
     n_files_of,
     parts_of,
 )
-from mesh_transformer.checkpoints.source import PARAMS, Key, Source
+from mesh_transformer.checkpoints.source import PARAMS, Key, Source, ahead
 from mesh_transformer.config import ModelConfig
 
 _WRITERS = 4  # shards written at a time
@@ -54,26 +55,34 @@ def write(
     listed = leaves(model, moments=moments)
     paths = [storage.join(folder, f"shard_{shard}") for shard in range(n_shards)]
 
-    def read(key: Key) -> np.ndarray:
-        return _whole(source, key, model.n_heads, dtype)
-
     numbers = {"step": source.step}
     if moments:
         assert source.counts is not None
         numbers |= {"adam count": source.counts.adam, "schedule count": source.counts.schedule}
-    begin = 0
-    for i, n in enumerate(n_files_of(len(listed))):
-        archives = [npz.Writer(storage.join(path, f"{i}.npz")) for path in paths]
-        with (
-            contextlib.ExitStack() as opened,
-            concurrent.futures.ThreadPoolExecutor(_WRITERS) as pool,
-        ):
-            for archive in archives:
-                opened.enter_context(archive)
-            for leaf in listed[begin : begin + n]:
-                spare = dtype or weights_dtype(source)
-                _write_leaf(leaf, read, numbers, archives, spare, pool, advance)
-        begin += n
+    spare = dtype or weights_dtype(source)
+
+    def read(leaf: Leaf) -> np.ndarray:
+        if leaf.role is None:
+            return np.asarray(numbers[leaf.name], np.int32)
+        if leaf.key is None:
+            return np.zeros(leaf.shape, spare if leaf.name.startswith(PARAMS) else np.float32)
+        return _whole(source, leaf.key, model.n_heads, dtype)
+
+    with contextlib.closing(ahead(read, listed)) as coming:
+        for i, n in enumerate(n_files_of(len(listed))):
+            archives = [npz.Writer(storage.join(path, f"{i}.npz")) for path in paths]
+            with (
+                contextlib.ExitStack() as opened,
+                concurrent.futures.ThreadPoolExecutor(_WRITERS) as pool,
+            ):
+                for archive in archives:
+                    opened.enter_context(archive)
+                for leaf, whole in itertools.islice(coming, n):
+                    parts = _parts(leaf, whole, n_shards)
+                    list(pool.map(npz.Writer.add, archives, parts))
+                    if leaf.key is not None:
+                        advance(whole.nbytes)
+                    del whole, parts  # or they would stay until the next ones are there
 
 
 def _whole(source: Source, key: Key, n_heads: int, dtype: np.dtype[Any] | None) -> np.ndarray:
@@ -87,36 +96,17 @@ def _whole(source: Source, key: Key, n_heads: int, dtype: np.dtype[Any] | None) 
     return np.stack(by_head, -2).reshape(*parts[0].shape[:-1], -1)
 
 
-def _write_leaf(
-    leaf: Leaf,
-    read: Callable[[Key], np.ndarray],
-    numbers: Mapping[str, int],
-    archives: list[npz.Writer],
-    spare: np.dtype[Any],
-    pool: concurrent.futures.Executor,
-    advance: Callable[[int], object],
-) -> None:
-    n_shards = len(archives)
+def _parts(leaf: Leaf, whole: np.ndarray, n_shards: int) -> list[np.ndarray]:
+    """Say what each shard holds of an array."""
     if leaf.role is None:
-        whole = np.asarray(numbers[leaf.name], np.int32)
-    elif leaf.key is None:
-        weight = leaf.name.startswith(PARAMS)
-        whole = np.zeros(leaf.shape, spare if weight else np.float32)
-    else:
-        whole = read(leaf.key)
+        return [whole] * n_shards
     kind = leaf.key.kind if leaf.key else PARAMS
-    axis = None if leaf.role is None else roles.split_axis(leaf.role)
-    if leaf.role is not None and axis is not None:
-        scale = roles.gathered_scale(leaf.role, kind, n_shards)
-        whole = whole if scale == 1 else (whole / scale).astype(whole.dtype)
-        parts = np.split(whole, n_shards, axis)
-    elif leaf.role is not None:
-        parts = [
+    axis = roles.split_axis(leaf.role)
+    if axis is None:
+        return [
             roles.copy_for(leaf.role, kind, leaf.param, whole, shard, n_shards)
             for shard in range(n_shards)
         ]
-    else:
-        parts = [whole] * n_shards
-    list(pool.map(lambda archive, part: archive.add(part), archives, parts))
-    if leaf.key is not None:
-        advance(whole.nbytes)
+    scale = roles.gathered_scale(leaf.role, kind, n_shards)
+    whole = whole if scale == 1 else (whole / scale).astype(whole.dtype)
+    return np.split(whole, n_shards, axis)

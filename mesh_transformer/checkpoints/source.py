@@ -7,8 +7,9 @@ Writers ask a source for what they need, in the order in which they need it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+import concurrent.futures
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -104,3 +105,24 @@ class Source(Protocol):
             CheckpointError: It is damaged or cannot be read; the message names its file.
         """
         ...
+
+
+Wanted = TypeVar("Wanted")
+
+
+def ahead(
+    read: Callable[[Wanted], np.ndarray], wanted: Iterable[Wanted]
+) -> Generator[tuple[Wanted, np.ndarray], None, None]:
+    """Read arrays in order, each while the one before it is used.
+
+    There is memory for two of them in use, if who is given one lets go of it before the next.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:
+        before: tuple[Wanted, concurrent.futures.Future[np.ndarray]] | None = None
+        for what in wanted:
+            coming = reader.submit(read, what)
+            if before is not None:
+                yield before[0], before[1].result()
+            before = what, coming
+        if before is not None:
+            yield before[0], before[1].result()
