@@ -20,10 +20,9 @@ The input is a file or a folder of files: .txt, .jsonl, .jsonl.zst, .xz or .tar.
 document, or several with the tokenizer's end of text (<|endoftext|>) between them; a line of JSON
 is a string or an object with "text"; every file in an archive is a text. Every document is ended
 by an end of text, and begun as its tokenizer's files say. The names of other special tokens, such
-as <s>, are ordinary text. With --encoder-seq lines of JSON are
-objects with "in_text" and "out_text", and a sequence is one pair of them. Writes
-NAME_{number of sequences}.tfrecords, a .json file beside it that says how it was made, and
-NAME.index, which is what train_set and val_set of a configuration name.
+as <s>, are ordinary text. With --encoder-seq lines of JSON are objects with "in_text" and
+"out_text", and a sequence is one such pair. Writes NAME_{number of sequences}.tfrecords, a .json
+file that says how it was made, and NAME.index, which train_set and val_set of a configuration name.
 """
 
 
@@ -36,7 +35,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("name", help="what to call the data set")
     add("--output-dir", type=Path, default=Path(), help="where to write (here)")
     add("--index", type=Path, help="index file to write (OUTPUT_DIR/NAME.index)")
-    add("--tokenizer", default="gpt2", help="gpt2, bytes, a tokenizer.json, a Hugging Face name")
+    named = "gpt2, bytes, a tokenizer.json or its folder, a Hugging Face name"
+    add("--tokenizer", default="gpt2", help=named)
     add("--seq", type=int, default=2048, help="tokens to predict per sequence (2048)")
     add("--encoder-seq", type=int, default=0, help="pairs: tokens of an input, for an encoder (0)")
     add("--pad-id", type=int, default=0, help="pairs: the token that fills them up (0)")

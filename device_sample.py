@@ -3,10 +3,10 @@
 
     python device_sample.py --config configs/quickstart.json --prompt "def "
 
-Prints the prompt and, as it comes, the text that follows, on a line of its own if an encoder reads
-the prompt. Without --prompt every line of standard
-input is a prompt; a terminal is asked for them. --model takes a run's folder, a step folder or a
-Hugging Face folder; one of mesh-transformer-jax needs --config too. Runs may be training meanwhile.
+Prints the prompt and, as it comes, the text that follows; on a line of its own if an encoder reads
+the prompt. Without --prompt every line of standard input is a prompt; a terminal is asked for them.
+--model takes a checkpoint of any format; one of mesh-transformer-jax or ZeRO-transformer needs
+--config too. Runs may be training meanwhile.
 """
 
 from __future__ import annotations
@@ -49,10 +49,8 @@ def main() -> int:
 
     model = loading.load(args.model, run, max_new_tokens=args.max_new_tokens)
     for prompt in text.asked_prompts() if args.prompt is None else [args.prompt]:
-        print(prompt, end="\n" if model.encoder_seq else "", flush=True)
-        for piece in model.continuation(prompt, sampling):
+        for piece in model.answered(prompt, sampling):
             print(piece, end="", flush=True)
-        print(flush=True)
     return 0
 
 

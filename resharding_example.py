@@ -4,9 +4,9 @@
     python resharding_example.py --config configs/6B_roto_256.json --input step_383500/ \\
         --output gpt-j-hf --format hf
 
---input takes a run's folder or a step folder of this library's or of mesh-transformer-jax's, or a
-Hugging Face folder, on a local disk or in a bucket. --verify compares its checksums; --prompt loads
-it onto the devices there are, whatever number of shards it has, and samples from it.
+--input takes a run's or a step's folder of this library or of mesh-transformer-jax, a Hugging Face
+folder or another program's file, on a local disk or in a bucket. --verify compares a checkpoint's
+checksums; --prompt loads it onto the devices there are, whatever its shards, and samples from it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> int:
     add("--layers", type=int, metavar="N", help="of a deeper model to begin, by repeating layers")
     add("--file-gb", type=float, default=5.0, metavar="GB", help="of hf's files; %(default)s")
     add("--overwrite", action="store_true", help="replace what is at --output, once all is done")
-    add("--verify", action="store_true", help="read everything and compare its checksums")
+    add("--verify", action="store_true", help="read everything; compare a checkpoint's checksums")
     add("--prompt", help="load the model and continue this text")
     args = parser.parse_args()
     if not (args.output or args.verify or args.prompt):
@@ -59,10 +59,8 @@ def main() -> int:
         resharding.write(source, run, args.output, what, overwrite=args.overwrite)
     if args.prompt:
         model = loading.load(args.input[0], run)
-        print(args.prompt, end="", flush=True)
-        for piece in model.continuation(args.prompt, Sampling(temperature=0.75, top_p=0.9)):
+        for piece in model.answered(args.prompt, Sampling(temperature=0.75, top_p=0.9)):
             print(piece, end="", flush=True)
-        print()
     return 0
 
 

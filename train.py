@@ -2,7 +2,7 @@
 """Train on many hosts, as a driver: of TPU VMs, of a Ray cluster, or of processes on this machine.
 
     python train.py --config configs/quickstart.json --hosts 2
-    python train.py --config configs/6B_roto_256.json --tpu mesh --tpu_region europe-west4-a
+    python train.py --config configs/gptj_6B_v3-8.json --tpu mesh --tpu_region europe-west4-a
 
 The driver reads the data and keeps the log; the hosts hold the model. Run again, it goes on from
 the newest checkpoint in `model_dir`, on the TPU VMs that are there. Lost hosts are replaced, and

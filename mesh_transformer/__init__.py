@@ -1,3 +1,3 @@
-"""Train, evaluate, sample and serve transformers sharded over many devices, with JAX and Haiku."""
+"""Train, evaluate and sample transformers sharded over many devices, with JAX and Haiku."""
 
 __version__ = "0.1.0"

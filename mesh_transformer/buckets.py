@@ -18,7 +18,7 @@ from typing import IO, Any, TypeVar
 from mesh_transformer.errors import UserError
 
 EXTRAS = {"gs": "gcs", "s3": "s3"}
-"""The optional dependencies, `mesh-transformer[gcs]` and `[s3]`, that each scheme needs."""
+"""The optional dependencies, `[gcs]` and `[s3]`, that each scheme needs."""
 
 _LOG_IN = {
     "gs": "To log in: gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS",
@@ -332,7 +332,7 @@ def _named_errors(path: str) -> Iterator[None]:
     except ImportError as error:
         raise StorageError(
             f"{path}: {scheme}:// needs a package that is not installed ({error}): "
-            f'pip install "mesh-transformer[{EXTRAS[scheme]}]"'
+            f'pip install -e ".[{EXTRAS[scheme]}]" -c constraints.txt'
         ) from error
     except Exception as error:
         if not _is_of_store(scheme, error):

@@ -32,6 +32,9 @@ class ModelConfig(Section):
     """The network; keys left out make it GPT-J.
 
     Attributes:
+        layers: Of the decoder.
+        d_model: Features of a token between layers.
+        n_heads: Of queries.
         n_vocab: Rows of the embedding and columns of the head; a multiple of `cores_per_replica`.
         n_tokens: Ids that the tokenizer can emit; rows from `n_tokens` to `n_vocab` are padding and
             are never sampled. Left out: the size of a tokenizer known here, at most `n_vocab`.

@@ -1,7 +1,7 @@
 """What the keys of the network must satisfy together, as tables.
 
-`ORIGINAL` and `FUSED` say what models are within reach of mesh-transformer-jax, for what reads and
-writes its checkpoints too.
+`ORIGINAL`, `FUSED` and `FORK` say what models are within reach of mesh-transformer-jax and of its
+fork, for what reads and writes their checkpoints too.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ FORK = {
 
 
 def unlike(theirs: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
-    """Say of each key of a model what `ORIGINAL` or `FUSED` has instead of its value."""
+    """Say of each key of a model what `ORIGINAL`, `FUSED` or `FORK` has instead of its value."""
+    whose = "mesh-transformer-jax's fork" if theirs is FORK else "mesh-transformer-jax"
     problems = []
     for key, kept in theirs.items():
         if key not in values:
@@ -157,7 +158,7 @@ def unlike(theirs: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
         # Of None: what it would follow from is unsound, and reported as such.
         if values[key] not in allowed and allowed != (None,):
             there = " or ".join(map(shown, allowed))
-            problems.append(f"{key} is {shown(values[key])}, {there} in mesh-transformer-jax")
+            problems.append(f"{key} is {shown(values[key])}, {there} in {whose}")
     return problems
 
 

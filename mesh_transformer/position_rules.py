@@ -81,6 +81,11 @@ POSITION_RULES: tuple[Rule, ...] = (
         f"pe_offset {pe_offset} is of the table that pe 'fixed' has, and pe is {pe!r}; leave "
         "pe_offset out",
     ),
+    lambda pe, pe_buckets, pe_max_distance: unless(
+        pe == "t5" or (pe_buckets, pe_max_distance) == (32, 128),
+        f"pe_buckets {pe_buckets} and pe_max_distance {pe_max_distance} are of pe 't5', and pe is "
+        f"{pe!r}; leave them out",
+    ),
     lambda pe, pe_theta: unless(
         pe.startswith("rotary") or pe_theta == 10_000,
         f"pe_theta {pe_theta} is of rotary positions, and pe is {pe!r}; leave pe_theta out",

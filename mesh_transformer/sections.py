@@ -122,6 +122,8 @@ class OptimizerConfig(Section):
     """Adam's schedule: linear warm-up to `lr`, half a cosine down to `end_lr`, then constant.
 
     Attributes:
+        warmup_steps: Of the warm-up.
+        anneal_steps: Of the half cosine.
         weight_decay: Of matrices, per step and multiplied by the learning rate.
         original_shards: Train on as mesh-transformer-jax over so many shards would; 0: one copy.
     """
@@ -156,10 +158,10 @@ class CheckpointConfig(Section):
 
     Attributes:
         bucket: Name of a Google Cloud Storage bucket that holds `model_dir`.
-        model_dir: Folder of this run; without a `bucket` any path or URL.
+        model_dir: Folder of this run; without a `bucket` any path or gs:// URL.
         ckpt_every: Optimizer steps between checkpoints; the last step is always saved.
         keep_every: Checkpoints at multiples of this step are kept for ever.
-        keep_n: Of the others, this many of the newest are kept.
+        keep_n: And this many of the newest, whether at such multiples or not.
         original_cores: The `cores_per_replica` of the run of mesh-transformer-jax's second model
             whose checkpoint is read: its matrices are arranged by it, and nothing in them says so.
     """
@@ -183,12 +185,17 @@ class RunConfig(Section):
     """How long the run is and what it reports.
 
     Attributes:
+        name: Of the run, in logs and trackers.
         total_steps: Optimizer steps.
         val_batches: Batches read from each validation set.
         val_every: Optimizer steps between validations.
         eval_harness_tasks: lm-eval tasks that follow each validation; refused in training so far.
+        trackers: Where metrics go besides metrics.jsonl.
+        wandb_project: Of Weights & Biases.
         noise_scale_alpha: Weight of the newest step in the running gradient noise scale.
         stop_on_nan: Whether a loss that is not finite ends the run.
+        seed: Of initial weights and dropout.
+        comment: For readers of the file and of Weights & Biases.
     """
 
     name: Text
@@ -216,6 +223,7 @@ class PodConfig(Section):
         tpu_type: Accelerator type of a slice. Left out: v3, as large as `tpu_size` says.
         tpu_runtime: Software version of its VMs. Left out: what suits the type's generation.
         tpu_project: Left out: the project of Application Default Credentials.
+        tpu_network, tpu_subnetwork: Of the hosts. Left out: the project's default.
         tpu_external_ips: Whether hosts reach the internet by addresses of their own; without them
             they need Cloud NAT to install what the library depends on.
         tpu_service_account: What the hosts act as. Left out: the project's default account.
@@ -223,6 +231,7 @@ class PodConfig(Section):
             network of the zone.
         tpu_token_secret: Secret in Secret Manager that holds the Ray token. Left out: the
             driver hands the token to the hosts itself.
+        tpu_labels: Put on the slices, beside the library's own.
         tpu_queued: Whether to ask by a queued resource, which waits its turn for capacity.
         tpu_reserved: Whether to use capacity that is reserved for the project.
         tpu_wait_minutes: How long to wait for a slice that was asked for to be ready.

@@ -74,7 +74,7 @@ class WandB:
             import wandb
         except ImportError as error:
             raise TrackerError(
-                'trackers: "wandb" needs a package: pip install "mesh-transformer[wandb]"'
+                'trackers: "wandb" needs a package: pip install -e ".[wandb]" -c constraints.txt'
             ) from error
         root = config.checkpoint.root
         id_path = storage.join(root, "wandb_id.txt")

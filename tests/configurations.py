@@ -63,8 +63,9 @@ def random_flat(rng: random.Random) -> dict:
     kept = {key: value for key, value in optional.items() if rng.random() < 0.5}
     if kept.get("original_shards"):  # the original has no widths of its own
         kept = {key: value for key, value in kept.items() if key not in ("d_head", "d_ff")}
-    if kept.get("pe") != "fixed":
-        kept.pop("pe_offset", None)
+    for pe, keys in {"fixed": {"pe_offset"}, "t5": {"pe_buckets", "pe_max_distance"}}.items():
+        if kept.get("pe") != pe:
+            kept = {key: value for key, value in kept.items() if key not in keys}
     stretching = {"pe_scaling", "pe_scaling_factors"}  # neither goes without the other
     if not stretching <= kept.keys():
         kept = {key: value for key, value in kept.items() if key not in stretching}

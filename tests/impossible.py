@@ -140,6 +140,10 @@ OF_THE_MODEL: list[tuple[dict, str]] = [
         "must be 1 or more, and fewer than pe_max_distance",
     ),
     (
+        {"pe_max_distance": 64},
+        "pe_buckets 32 and pe_max_distance 64 are of pe 't5', and pe is 'rotary'; leave them out",
+    ),
+    (
         {"window": 8, "attention": "splash"},
         "attention 'splash' sees all slots before a query, not a window of 8; set attention to "
         "'auto' or 'xla'",

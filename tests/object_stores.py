@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 LIMIT = 60.0
 """Seconds that a server is given to start: many times what one takes on a slow machine."""
 
-PACKAGES = {"gs": ("google.cloud.storage", "gcsfs"), "s3": ("boto3", "s3fs")}
+PACKAGES = {"gs": ("google.cloud.storage", "gcsfs"), "s3": ("boto3",)}
 SERVERS = {"gs": "gcp_storage_emulator", "s3": "moto"}
 
 

@@ -159,6 +159,12 @@ def test_every_key_belongs_to_exactly_one_section() -> None:
     assert set(rules.HINTS) | set(rules.DERIVED) <= set(names)
 
 
+def test_every_key_has_a_meaning_in_the_docstring_of_its_section() -> None:
+    for section in configuration.SECTIONS.values():
+        said = set(re.findall(r"\w+", section.__doc__ or ""))
+        assert not {field.name for field in dataclasses.fields(section)} - said
+
+
 def test_derived_values_follow_from_the_others() -> None:
     model = configuration.parse(MINIMAL | {"tokenizer": "bytes"}).model
     assert (model.d_head, model.d_ff, model.pe_rotary_dims, model.n_tokens) == (16, 256, 16, 257)

@@ -349,7 +349,7 @@ def test_tasks_that_nothing_can_run_are_told_before_any_device_is_touched(
     asking = copy.but("copy", copy.root.parent, eval_harness_tasks=["lambada", "piqa"])
     told = (
         "error: eval_harness_tasks asks for lambada, piqa after each validation, but "
-        "mesh_transformer has no evaluation harness yet (module harness): to train without these "
+        "mesh_transformer has no evaluation harness yet: to train without these "
         'tasks, give --config a copy of the file in which "eval_harness_tasks" is [] or left out\n'
     )
     assert command(asking, "--new") == (1, "", told)

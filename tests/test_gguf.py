@@ -144,7 +144,7 @@ def test_the_package_that_is_missing_is_named(
 ) -> None:
     path, _ = write(tmp_path / "model.gguf", "llama")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    told = r'model.gguf needs the package gguf: pip install "mesh-transformer\[gguf\]", or take the'
+    told = r'model.gguf needs the package gguf: pip install -e "\.\[gguf\]" -c constraints.txt, or'
     with pytest.raises(CheckpointError, match=told):
         opened(path)
 

@@ -14,7 +14,7 @@ import pytest
 import small
 import source_logits
 
-from mesh_transformer.checkpoints import conversion, opening
+from mesh_transformer.checkpoints import conversion, opening, original
 from mesh_transformer.checkpoints.conversion import Conversion
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.source import Key
@@ -160,6 +160,10 @@ def test_another_model_s_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         opening.open_source(found, gated)
     assert "gated is true, false in mesh-transformer-jax" in str(error.value)
+    with pytest.raises(
+        CheckpointError, match="gated is true, false in mesh-transformer-jax's fork"
+    ):
+        original.check_held(gated)
     wide = dataclasses.replace(model, n_vocab=96)
     with pytest.raises(CheckpointError, match="n_vocab is 96, 48 in the files"):
         opening.open_source(found, wide)

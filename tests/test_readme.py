@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import json
 import os
@@ -26,6 +27,7 @@ DOCUMENTS = sorted(
     for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")]
     if not path.parent.name.startswith(".")
 )
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.name != "setup.py")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
@@ -34,8 +36,13 @@ OTHER = {"cd", "git", "pre-commit", "source"}
 
 
 def commands(document: str) -> Iterator[list[str]]:
-    """Yield the words of each command line in a document's indented and fenced shell blocks."""
+    """Yield the words of each command line in a document's indented and fenced shell blocks.
+
+    A script's document is its docstring.
+    """
     text = (ROOT / document).read_text(encoding="utf-8")
+    if document.endswith(".py"):
+        text = f"{ast.get_docstring(ast.parse(text))}\n"
     fenced = re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     indented = re.findall(
         r"(?<=\n\n)(?: {4}.*\n)+", re.sub(r"```.*?```", "", text, flags=re.DOTALL)
@@ -103,7 +110,7 @@ def check_pip(words: list[str]) -> None:
     assert named <= set(EXTRAS), f"there are no extras {sorted(named - set(EXTRAS))}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", DOCUMENTS + SCRIPTS)
 def test_the_commands_shown_can_be_run(document: str) -> None:
     for words in commands(document):
         if words[0] == "python":
@@ -132,7 +139,7 @@ def test_the_keys_named_are_keys_of_the_configuration(document: str) -> None:
 
 
 def test_what_is_to_be_trained_names_no_tasks_that_nothing_runs() -> None:
-    for document in DOCUMENTS:
+    for document in DOCUMENTS + SCRIPTS:
         for words in commands(document):
             if words[1:2] and words[1] in ("device_train.py", "train.py"):
                 path = ROOT / words[words.index("--config") + 1]

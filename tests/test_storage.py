@@ -143,7 +143,7 @@ def test_a_missing_package_names_the_extra_to_install(
     package = {"gs": "google.cloud.storage", "s3": "boto3"}[scheme]
     monkeypatch.setitem(sys.modules, package, None)
     buckets._connect.cache_clear()
-    with pytest.raises(storage.StorageError, match=rf'pip install "mesh-transformer\[{extra}\]"'):
+    with pytest.raises(storage.StorageError, match=rf'pip install -e "\.\[{extra}\]" -c const'):
         storage.read_bytes(f"{scheme}://bucket/a")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import configurations
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from mesh_transformer import config
 from mesh_transformer.data.tokenizer import Bytes
 from mesh_transformer.errors import UserError
-from mesh_transformer.serving import text
+from mesh_transformer.serving import loading, text
 from mesh_transformer.session import Generation, Sampling
 
 SEQ = 16
@@ -44,6 +45,13 @@ def pieces(model: Parrot, prompt: str, max_new_tokens: int = 12) -> list[str]:
             model, Bytes(), prompt, Sampling(), max_new_tokens=max_new_tokens, seq=SEQ
         )
     )
+
+
+@pytest.mark.parametrize(("encoder_seq", "shown"), [(0, "ab and c\n"), (8, "ab\n and c\n")])
+def test_a_prompt_that_an_encoder_reads_has_a_line_of_its_own(encoder_seq: int, shown: str) -> None:
+    model: Any = Parrot(" and c")
+    loaded = loading.Loaded(model, Bytes(), 12, SEQ, encoder_seq, ())
+    assert "".join(loaded.answered("ab", Sampling())) == shown
 
 
 def test_pieces_come_one_by_one_and_never_break_a_character(

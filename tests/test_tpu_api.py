@@ -32,7 +32,7 @@ def time() -> Time:
 def test_without_the_extra_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "google.cloud.tpu_v2", None)
     monkeypatch.delattr("google.cloud.tpu_v2")
-    wanted = 'pip install "mesh-transformer\\[pods\\]"'
+    wanted = 'pip install -e "\\.\\[pods\\]" -c constraints'
     with pytest.raises(UserError, match=wanted):
         TpuVm("a", "local", PodConfig(tpu_type="v3-8"), spot=False, startup_script="")
     with pytest.raises(UserError, match=wanted):

@@ -150,7 +150,7 @@ def test_without_the_package_the_error_names_the_extra(
     run: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(trackers.TrackerError, match=r'pip install "mesh-transformer\[wandb\]"'):
+    with pytest.raises(trackers.TrackerError, match=r'pip install -e "\.\[wandb\]" -c constr'):
         trackers.WandB(run, step=0)
 
 

@@ -337,7 +337,7 @@ def _gguf(path: str) -> Any:
         import gguf
     except ImportError as error:
         raise CheckpointError(
-            f'{path} needs the package gguf: pip install "mesh-transformer[gguf]", or take the '
-            "model as a Hugging Face folder"
+            f'{path} needs the package gguf: pip install -e ".[gguf]" -c constraints.txt, or take '
+            "the model as a Hugging Face folder"
         ) from error
     return gguf

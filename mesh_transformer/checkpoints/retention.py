@@ -19,7 +19,7 @@ def check_kept(path: str) -> None:
         raise UserError(
             f"{path}: native checkpoints are kept on local disks and in gs://, not in s3://: set "
             "model_dir, or --output, to one of these, and copy there what lies in s3://; in s3:// "
-            "are read and written the formats original, slim and hf"
+            "is read and written every other format"
         )
 
 

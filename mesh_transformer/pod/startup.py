@@ -147,7 +147,7 @@ def _of_installation() -> tuple[str, list[str], list[str]]:
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(
             f"{DISTRIBUTION} is neither a checkout nor installed, so that what hosts need to run "
-            f'it is not known; install it: pip install "{DISTRIBUTION}[pods]"'
+            'it is not known; in a checkout: pip install -e ".[pods]" -c constraints.txt'
         ) from error
     extras = installed.metadata.get_all("Provides-Extra") or []
     return installed.metadata["Requires-Python"], installed.requires or [], extras

@@ -56,7 +56,7 @@ def _google() -> _Google:
         from google.cloud import tpu_v2, tpu_v2alpha1
     except ImportError as error:
         raise UserError(
-            'creating TPU VMs needs more packages: pip install "mesh-transformer[pods]"'
+            'creating TPU VMs needs more packages: pip install -e ".[pods]" -c constraints.txt'
         ) from error
     return _Google(tpu_v2, tpu_v2alpha1, exceptions)
 

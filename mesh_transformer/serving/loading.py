@@ -35,6 +35,15 @@ class Loaded(NamedTuple):
     encoder_seq: int
     stop_ids: tuple[int, ...]
 
+    def answered(self, prompt: str, sampling: Sampling) -> Iterator[str]:
+        """Yield what a reader is shown: a prompt, the text that follows and an end of line.
+
+        An encoder's prompt has a line of its own, since the decoder's text does not go on from it.
+        """
+        yield f"{prompt}\n" if self.encoder_seq else prompt
+        yield from self.continuation(prompt, sampling)
+        yield "\n"
+
     def continuation(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         """Yield the text that follows a prompt, up to its end; see `text.continuation`."""
         return text.continuation(

@@ -177,7 +177,7 @@ def check_tasks(config: Config) -> None:
     if config.run.eval_harness_tasks:
         raise UserError(
             f"eval_harness_tasks asks for {', '.join(config.run.eval_harness_tasks)} after each "
-            "validation, but mesh_transformer has no evaluation harness yet (module harness): to "
+            "validation, but mesh_transformer has no evaluation harness yet: to "
             "train without these tasks, give --config a copy of the file in which "
             '"eval_harness_tasks" is [] or left out'
         )
