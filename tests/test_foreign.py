@@ -266,6 +266,7 @@ def test_what_is_beside_weights_says_what_the_programs_need(tmp_path: pathlib.Pa
     model = ModelConfig(**KINDS["cerebras"]["muP"])
     convert(model, source_of(model), tmp_path / "cerebras", "cerebras")
     told = yaml.safe_load((tmp_path / "cerebras" / "params.yaml").read_text())["model"]
+    assert told["mixed_precision"] is True, "its trainer has no default"
     assert (told["mup_base_hidden_size"], told["mup_base_filter_size"]) == (12, 48)
     assert told["output_logits_alpha"] == pytest.approx(2.22)
     # Cerebras divides products by d_head alone, ours by what makes the base's the usual ones.
@@ -285,8 +286,8 @@ def test_a_file_of_pytorch_s_is_as_it_writes_it_and_needs_memory_for_one_array(
         rng = np.random.default_rng(len(name) + ord(name[-1]))
         return np.asarray(rng.normal(size=arrays[name].shape)).astype(arrays[name].dtype)
 
-    def write() -> None:
-        pytorch.write(path, arrays, read, lambda n: None, copies={"copy": "w.3"})
+    def write(inside: str = "") -> None:
+        pytorch.write(path, arrays, read, lambda n: None, inside=inside, copies={"copy": "w.3"})
 
     # The numbers are made in float64: an array of 4 MB and one of 8.
     assert memory_source.peak_bytes(write) < 1.25 * 12_000_000
@@ -298,3 +299,7 @@ def test_a_file_of_pytorch_s_is_as_it_writes_it_and_needs_memory_for_one_array(
         for name in arrays:
             theirs = found[name].to(torch.float32).numpy()
             np.testing.assert_array_equal(theirs, read(name).astype(np.float32))
+    write("model")
+    inner = torch.load(path, mmap=True, weights_only=True)
+    assert list(inner) == ["model"] and list(inner["model"]) == list(found)
+    assert torch.equal(inner["model"]["w.7"], found["w.7"])

@@ -47,10 +47,11 @@ BIASES = {
 _GATED = {"swiglu": "silu", "reglu": "relu", "geglu": "gelu"}
 _NORMS = {"layernorm": "layernorm", "rmsnorm": "rmsnorm-mean",
           "biasless-layernorm": "layernorm-nobias"}  # fmt: skip
-_NO_DROPOUT = dict.fromkeys(
-    ("dropout_rate", "embedding_dropout_rate", "attention_dropout_rate", "residual_dropout_rate"),
-    0.0,
-)
+_OF_TRAINING = {
+    **{"dropout_rate": 0.0, "embedding_dropout_rate": 0.0, "attention_dropout_rate": 0.0},
+    **{"residual_dropout_rate": 0.0, "mixed_precision": True},
+}
+"""What its trainer asks for; precision as its own converter has it."""
 _PLAIN = Choice("nonlinearity", "activation", ACTIVATIONS, "gelu")
 
 
@@ -244,7 +245,7 @@ def _read_embed_bias(config: Json, keys: Json) -> Json:
 
 FAMILY = Family(
     name="Cerebras model",
-    model_type="", architecture="", prefix="", also=_NO_DROPOUT, begin_id=0, eot_id=0,
+    model_type="", architecture="", prefix="", also=_OF_TRAINING, begin_id=0, eot_id=0,
     keys=(
         Size("vocab_size", "n_vocab"),
         Size("max_position_embeddings", "seq"),
