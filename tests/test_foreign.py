@@ -72,13 +72,14 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "GPT-J, tied": {**GPTJ, "tie_embeddings": True, "embed_bias": False},
         "GPT-2": GPT2,
         "NeoX": NEOX,
-        "LLaMA": {**LLAMA, "n_kv_heads": 2, "pe_theta": 5e5},
-        "no biases": {**GPT2, "norm": "layernorm-nobias", **BIAS_FREE, "qkv_bias": False},
-        "muP": {**GPTJ, **MUP, "mup_output_alpha": 2.22, "mup_attention_alpha": 1.3},
+        "LLaMA": {**LLAMA, "n_kv_heads": 2},
+        "no biases": {**NEOX, "norm": "layernorm-nobias", **BIAS_FREE, "qkv_bias": False},
+        "muP": {**GPT2, **MUP, "mup_output_alpha": 2.22, "mup_attention_alpha": 2**-0.5},
         # Powers of two, by which positions and biases are scaled and nothing is rounded.
-        "scaled": {**GPT2, "embed_scale": 8.0, "output_scale": 0.25, "attention_scale": 0.125},
+        "scaled": {**GPT2, "embed_scale": 8.0, "output_scale": 0.25, "attention_scale": 0.25},
         "scaled, untied": {
-            **{**GPTJ, "embed_bias": False, "output_scale": 0.5, "embed_scale": 4.0},
+            **{**GPT2, "output_scale": 0.5, "embed_scale": 4.0},
+            **{"tie_embeddings": False, "head_bias": True},
         },
     },
 }
@@ -183,9 +184,31 @@ def test_it_replaces_nothing_unasked_and_is_replaced_when_asked(
             {**NEOX, "pe": "alibi", "norm": "rmsnorm", "window": 4, "pe_rotary_dims": 0},
             [
                 "window is 4; Cerebras model has 0",
-                "norm is 'rmsnorm'; Cerebras model has 'layernorm', 'layernorm-nobias', "
-                "'rmsnorm-mean'",
+                "norm is 'rmsnorm'; Cerebras model has 'layernorm', 'layernorm-nobias' where "
+                "residual is 'parallel-untied'",
                 "pe is 'alibi'; Cerebras model has 'fixed', 'rotary-half'",
+            ],
+        ),
+        (
+            "cerebras",
+            {
+                **{**GPTJ, "embed_scale": 2.0, "output_scale": 0.5, "attention_scale": 0.25},
+                **{"embed_bias": False, "pe_theta": 5e5},
+            },
+            [
+                "pe_theta is 500000.0; Cerebras model has 10000.0",
+                "attention_scale is 0.25; Cerebras model has 0.5 where residual is 'parallel'",
+                "output_scale is 0.5; Cerebras model has 1.0 where residual is 'parallel'",
+                "embed_scale is 2.0; Cerebras model has 1.0 where residual is 'parallel'",
+            ],
+        ),
+        (
+            "cerebras",
+            {**LLAMA, "norm": "layernorm-nobias", "attention_scale": 0.125},
+            [
+                "norm is 'layernorm-nobias'; Cerebras model has 'layernorm', 'rmsnorm-mean' where "
+                "residual is 'sequential'",
+                "attention_scale is 0.125; Cerebras model has 0.5, 0.25",
             ],
         ),
         (
@@ -263,15 +286,20 @@ def test_what_is_beside_weights_says_what_the_programs_need(tmp_path: pathlib.Pa
         }
     }
     needs_torch("cerebras")
-    model = ModelConfig(**KINDS["cerebras"]["muP"])
-    convert(model, source_of(model), tmp_path / "cerebras", "cerebras")
-    told = yaml.safe_load((tmp_path / "cerebras" / "params.yaml").read_text())["model"]
-    assert told["mixed_precision"] is True, "its trainer has no default"
-    assert (told["mup_base_hidden_size"], told["mup_base_filter_size"]) == (12, 48)
-    assert told["output_logits_alpha"] == pytest.approx(2.22)
-    # Cerebras divides products by d_head alone, ours by what makes the base's the usual ones.
-    assert told["attention_logits_alpha"] == pytest.approx(1.3 * 2**0.5)
-    assert told["use_untied_layer_norm"] is False and told["use_bias_in_output"] is True
+    told = {}
+    for kind in ("muP", "GPT-J", "LLaMA", "no biases"):
+        model = ModelConfig(**KINDS["cerebras"][kind])
+        convert(model, source_of(model), tmp_path / kind, "cerebras")
+        told[kind] = yaml.safe_load((tmp_path / kind / "params.yaml").read_text())["model"]
+    assert told["muP"]["mixed_precision"] is True, "its trainer has no default"
+    assert told["muP"]["output_logits_scale"] == pytest.approx(2.22 * 12 / 24)
+    assert told["muP"]["scale_qk_dot_by_d"] is True
+    gptj = told["GPT-J"]
+    assert gptj["use_untied_layer_norm"] is False and gptj["use_bias_in_output"] is True
+    # Release 1.9 has these, and takes no notice of the later norm_type.
+    assert told["LLaMA"]["use_rms_norm"] is True and told["no biases"]["use_biasless_norm"] is True
+    later = ("rope_theta", "mup_base_hidden_size", "output_logits_alpha", "attention_logits_alpha")
+    assert not any(key in keys for keys in told.values() for key in later)
 
 
 def test_a_file_of_pytorch_s_is_as_it_writes_it_and_needs_memory_for_one_array(

@@ -1,4 +1,4 @@
-"""Checkpoints of Cerebras's model zoo, written; `cerebras` says what is in them.
+"""Checkpoints of Cerebras's model zoo, release 1.9, written; `cerebras` says what is in them.
 
 Modules that share a parameter, as the last norm is shared, have it by both their names.
 """
@@ -20,6 +20,8 @@ from mesh_transformer.checkpoints.renaming import Renamed
 from mesh_transformer.checkpoints.source import Array, Counts, Key, Source
 from mesh_transformer.config import ModelConfig
 
+PROGRAM = "Cerebras's model zoo, release 1.9"
+
 _FINAL_NORM, _ALSO_FINAL_NORM = "transformer_decoder.norm.", "ln_f."
 
 
@@ -35,7 +37,7 @@ def check(model: ModelConfig) -> None:
 
 def _described(model: ModelConfig) -> tuple[Family, Json]:
     family = AS_GPTJ if model.residual == "parallel" else FAMILY
-    return described(model, (family,), "Cerebras's model zoo")
+    return described(model, (family,), PROGRAM)
 
 
 def write(

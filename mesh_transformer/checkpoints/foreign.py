@@ -34,5 +34,5 @@ FOREIGN = {
     "zero-torch": Foreign(
         _ZERO, zero_writer.check_torch, zero_writer.write_torch, folds_bias=False
     ),
-    "cerebras": Foreign("Cerebras's model zoo", cerebras_writer.check, cerebras_writer.write),
+    "cerebras": Foreign(cerebras_writer.PROGRAM, cerebras_writer.check, cerebras_writer.write),
 }
