@@ -66,7 +66,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "LLaMA, padded": {**LLAMA, "n_tokens": 17},
     },
     "zero": ZEROS,
-    "zero-torch": ZEROS,
+    "zero-torch": {kind: keys for kind, keys in ZEROS.items() if keys["pe"] == "alibi"},
     "cerebras": {
         "GPT-J": GPTJ,
         "GPT-J, tied": {**GPTJ, "tie_embeddings": True, "embed_bias": False},
@@ -178,7 +178,14 @@ def test_it_replaces_nothing_unasked_and_is_replaced_when_asked(
                 "where qkv_bias is true and pe is 'none', and only there",
             ],
         ),
-        ("zero-torch", {**ZERO, "d_ff": 36}, ["d_ff is 36; ZeRO-transformer has 96"]),
+        (
+            "zero-torch",
+            {**ZERO, "d_ff": 36, "pe": "none"},
+            [
+                "d_ff is 36; ZeRO-transformer's port to PyTorch has 96",
+                "pe is 'none'; ZeRO-transformer's port to PyTorch has 'alibi'",
+            ],
+        ),
         (
             "cerebras",
             {**NEOX, "pe": "alibi", "norm": "rmsnorm", "window": 4, "pe_rotary_dims": 0},
@@ -286,6 +293,12 @@ def test_what_is_beside_weights_says_what_the_programs_need(tmp_path: pathlib.Pa
         }
     }
     needs_torch("cerebras")
+    for residual in ("sequential", "parallel"):
+        model = ModelConfig(**{**ZERO, "residual": residual})
+        convert(model, source_of(model), tmp_path / residual, "zero-torch")
+        told = yaml.safe_load((tmp_path / residual / "model_config.yaml").read_text())["converted"]
+        # The port that calls a block's one norm `ln` takes no such key.
+        assert told.get("use_alibi") is (True if residual == "sequential" else None)
     told = {}
     for kind in ("muP", "GPT-J", "LLaMA", "no biases"):
         model = ModelConfig(**KINDS["cerebras"][kind])
@@ -315,7 +328,7 @@ def test_a_file_of_pytorch_s_is_as_it_writes_it_and_needs_memory_for_one_array(
         return np.asarray(rng.normal(size=arrays[name].shape)).astype(arrays[name].dtype)
 
     def write(inside: str = "") -> None:
-        pytorch.write(path, arrays, read, lambda n: None, inside=inside, copies={"copy": "w.3"})
+        pytorch.write(path, arrays, read, inside=inside, copies={"copy": "w.3"})
 
     # The numbers are made in float64: an array of 4 MB and one of 8.
     assert memory_source.peak_bytes(write) < 1.25 * 12_000_000

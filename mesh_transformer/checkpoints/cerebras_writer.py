@@ -61,7 +61,7 @@ def write(
             weight is too large for the dtype; or there is no PyTorch.
     """
     family, keys = _described(model)
-    weights = Renamed(_Unscaled(source, model), family, model, dtype)
+    weights = Renamed(_Unscaled(source, model), family, model, dtype, advance)
     copies = {
         name.replace(_FINAL_NORM, _ALSO_FINAL_NORM): name
         for name in weights.arrays
@@ -70,7 +70,7 @@ def write(
     if model.tie_embeddings:
         copies["lm_head.weight"] = "embedding_layer.word_embeddings.weight"
     path = storage.join(folder, f"checkpoint_{source.step}.mdl")
-    pytorch.write(path, weights.arrays, weights.read, advance, inside="model", copies=copies)
+    pytorch.write(path, weights.arrays, weights.read, inside="model", copies=copies)
     same = {key: it for key, it in family.same.items() if it is not None}
     text = yaml.safe_dump({"model": {**same, **family.also, **keys}}, sort_keys=False)
     storage.write_text_atomically(storage.join(folder, "params.yaml"), text)

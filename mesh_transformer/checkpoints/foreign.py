@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from mesh_transformer.checkpoints import cerebras_writer, jaxseq, zero_writer
+from mesh_transformer.checkpoints.zero_transformer import NAME, PORT
 from mesh_transformer.config import ModelConfig
 
 
@@ -27,12 +28,9 @@ class Foreign(NamedTuple):
     folds_bias: bool = True
 
 
-_ZERO = "ZeRO-transformer"
 FOREIGN = {
     "jaxseq": Foreign("JAXSeq", jaxseq.check, jaxseq.write, knows_padding=True),
-    "zero": Foreign(_ZERO, zero_writer.check, zero_writer.write_flax, folds_bias=False),
-    "zero-torch": Foreign(
-        _ZERO, zero_writer.check_torch, zero_writer.write_torch, folds_bias=False
-    ),
+    "zero": Foreign(NAME, zero_writer.check, zero_writer.write_flax, folds_bias=False),
+    "zero-torch": Foreign(PORT, zero_writer.check_torch, zero_writer.write_torch, folds_bias=False),
     "cerebras": Foreign(cerebras_writer.PROGRAM, cerebras_writer.check, cerebras_writer.write),
 }

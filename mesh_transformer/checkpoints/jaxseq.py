@@ -172,8 +172,8 @@ def write(
     family = next(it for it in FAMILIES if it.model_type == config["model_type"])
     if model.n_tokens < model.n_vocab:
         config[_PADDED_FROM] = model.n_tokens
-    weights = Renamed(source, family, model, dtype)
+    weights = Renamed(source, family, model, dtype, advance)
     flax_writer.check_stream(weights.arrays)
     path = storage.join(folder, FILES[0])
-    flax_writer.write_stream(path, weights.arrays, weights.read, advance)
+    flax_writer.write_stream(path, weights.arrays, weights.read)
     write_json(storage.join(folder, CONFIG), config)

@@ -149,7 +149,6 @@ def write(
     path: str,
     arrays: Mapping[str, Array],
     read: Callable[[str], np.ndarray],
-    advance: Callable[[int], object],
     *,
     inside: str = "",
     copies: Mapping[str, str] | None = None,
@@ -159,7 +158,6 @@ def write(
     Args:
         arrays: By name; of dtypes that PyTorch has.
         read: Makes an array, given its name; called in their order.
-        advance: Called with the bytes of each array that is written.
         inside: The name that the state dict is below, as trainers have it; "": it is the file.
         copies: Further names, each with that of the array which it is, as modules that share a
             parameter have it. The bytes are there once.
@@ -183,7 +181,6 @@ def write(
             whole = np.asarray(read(name), order="C")
             assert (whole.shape, whole.dtype) == (array.shape, array.dtype), name
             _add(archive, f"data/{i}", whole.reshape(-1).view(np.uint8).data)
-            advance(array.n_bytes)
             del whole  # or it would stay until the next one has been made
         _add(archive, "version", memoryview(b"3\n"))
 

@@ -146,14 +146,12 @@ def write(
     path: str,
     arrays: Mapping[str, Array],
     read: Callable[[str], np.ndarray],
-    advance: Callable[[int], object] = lambda n: None,
 ) -> None:
     """Write a file, asking for its arrays one at a time, in order.
 
     Args:
         arrays: What the file will hold, by name.
         read: Gives the array of a name.
-        advance: Called with the bytes of each array that is written.
 
     Raises:
         CheckpointError: An array is not what was said, or of a dtype that is not written.
@@ -166,7 +164,6 @@ def write(
             if given != needed:
                 raise CheckpointError(f"{name} for {path} is {given}, announced was {needed}")
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            advance(needed.n_bytes)
             del array  # or it would stay until the next one has been made
 
 

@@ -38,7 +38,7 @@ from mesh_transformer.checkpoints.named import NamedSource, Stored
 from mesh_transformer.checkpoints.source import Array
 from mesh_transformer.config import ModelConfig
 
-NAME = "ZeRO-transformer"
+NAME, PORT = "ZeRO-transformer", "ZeRO-transformer's port to PyTorch"
 _STEP = re.compile(r"(?:params|checkpoint)_(\d+)")
 _BLOCK = "layers/block/"
 _B, _P = "TransformerBlock_{}/", "blocks.{}."
@@ -98,7 +98,6 @@ SIZES = (
     Size("N", "layers"),
 )
 _KINDS: tuple[Keys, ...] = (
-    Choice("alibi_attn", "pe", {True: "alibi", False: "none"}, False),
     Choice("fused_residuals", "residual", {False: "sequential", True: "parallel"}, False),
     Choice("use_bias", "qkv_bias o_bias ff_bias", BOOLEAN, False),
     Derived("norm", lambda config, keys: {"norm": config["norm"]}, _write_norm),
@@ -107,16 +106,20 @@ _KINDS: tuple[Keys, ...] = (
 """What files tell by which arrays there are, and the programs' configurations by some of these."""
 
 
-def _table(length: str, rows: tuple[Row, ...], constants: str) -> Family:
+def _table(name: str, told: tuple[Keys, ...], rows: tuple[Row, ...], constants: str) -> Family:
     return Family(
-        name=NAME, model_type="", architecture="", prefix="",
-        keys=(*SIZES, Size(length, "seq"), *_KINDS), same={}, ours=_OURS,
+        name=name, model_type="", architecture="", prefix="",
+        keys=(*SIZES, *told, *_KINDS), same={}, ours=_OURS,
         also={}, begin_id=0, eot_id=0, rows=rows, constants=constants,
     )  # fmt: skip
 
 
 FLAX = _table(
-    "block_size",
+    NAME,
+    (
+        Size("block_size", "seq"),
+        Choice("alibi_attn", "pe", {True: "alibi", False: "none"}, False),
+    ),
     (
         Row("wte/embedding", "embed/embeddings"),
         Row(TABLES[0] + SHARED_ROW, "embed/b"),
@@ -128,7 +131,8 @@ FLAX = _table(
     "(?!)",
 )
 TORCH = _table(
-    "num_ctx",
+    PORT,
+    (Size("num_ctx", "seq"), Choice("use_alibi", "pe", {True: "alibi"}, False)),
     (
         Row("wte.weight", "embed/embeddings"),
         Row(TABLES[1] + SHARED_ROW, "embed/b"),
