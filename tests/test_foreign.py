@@ -39,6 +39,7 @@ LLAMA = {
     **{**SIZES, **BIAS_FREE, "norm": "rmsnorm-mean", "pe": "rotary-half", "gated": True},
     **{"residual": "sequential", "activation": "silu", "norm_epsilon": 1e-6, "d_ff": 36},
 }
+T5 = {**SIZES, **small.ENCODER_DECODERS["t5"], "n_heads": 4, "d_model": 32}
 ZERO = {
     **{**SIZES, **BIAS_FREE, "norm": "layernorm-nobias", "norm_epsilon": 1e-6, "pe": "alibi"},
     **{"residual": "sequential", "tie_embeddings": True},
@@ -63,6 +64,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "GPT-2": GPT2,
         "OPT": {**GPT2, "activation": "relu", "pe_offset": 2},
         "LLaMA": LLAMA,
+        "T5": T5,
         "LLaMA, padded": {**LLAMA, "n_tokens": 17},
     },
     "zero": ZEROS,

@@ -5,8 +5,8 @@
     train_state.msgpack    the same with an optimizer's state: the weights are read, and not written
 
 Flax's names follow from those of transformers: scale, kernel and embedding instead of weight, and
-every matrix the other way round. Only its LLaMA has names of its own; it turns neighbouring
-features and knows neither shared heads of keys nor another theta.
+every matrix the other way round; T5's norms keep theirs. Only its LLaMA has names of its own; it
+turns neighbouring features and knows neither shared heads of keys nor another theta.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from mesh_transformer.checkpoints.llama_families import LLAMA
 from mesh_transformer.checkpoints.named import NamedSource
 from mesh_transformer.checkpoints.renaming import Renamed
 from mesh_transformer.checkpoints.source import Source
+from mesh_transformer.checkpoints.t5_family import T5
 from mesh_transformer.config import ModelConfig
 
 FILES = ("params.msgpack", "train_state.msgpack")
@@ -53,18 +54,18 @@ _LLAMA_ROWS = (
 )
 
 
-def _of_flax(row: Row) -> Row:
-    """Return a row of transformers by the name that Flax has for it."""
+def _of_flax(row: Row, scale: str) -> Row:
+    """Return a row of transformers by the name that Flax has for it, a norm's being `scale`."""
     module, _, leaf = row.theirs.replace(".", "/").rpartition("/")
     if leaf == "weight":
-        kinds = {"embeddings": "embedding", "scale": "scale", "w": "kernel"}
+        kinds = {"embeddings": "embedding", "scale": scale, "w": "kernel"}
         leaf = kinds[row.ours.rpartition("/")[2]]
-    turned = leaf == "kernel" and not row.transposed
-    return row._replace(theirs=f"{module}/{leaf}", transposed=turned)
+    transposed = row.transposed != (leaf == "kernel")
+    return row._replace(theirs=f"{module}/{leaf}", transposed=transposed)
 
 
-def _with_flax_names(family: Family) -> Family:
-    rows = tuple(_of_flax(row) for row in family.rows)
+def _with_flax_names(family: Family, scale: str = "scale") -> Family:
+    rows = tuple(_of_flax(row, scale) for row in family.rows)
     return dataclasses.replace(family, rows=rows, constants="(?!)")
 
 
@@ -86,6 +87,7 @@ FAMILIES: tuple[Family, ...] = (
         rows=_LLAMA_ROWS,
         constants="(?!)",
     ),
+    _with_flax_names(T5, "weight"),
 )
 
 
