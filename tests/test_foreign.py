@@ -15,7 +15,7 @@ import pytest
 import small
 import yaml
 
-from mesh_transformer.checkpoints import conversion, opening, pytorch
+from mesh_transformer.checkpoints import conversion, flax_writer, jaxseq, opening, pytorch
 from mesh_transformer.checkpoints.conversion import Conversion
 from mesh_transformer.checkpoints.foreign import FOREIGN
 from mesh_transformer.checkpoints.layout import CheckpointError
@@ -238,6 +238,18 @@ def test_each_key_that_a_format_cannot_hold_is_named_before_anything_is_written(
     assert heading.startswith(f"the model cannot be written for {FOREIGN[format].program}, ")
     assert lines == [f"  - {it}" for it in told]
     assert not any(tmp_path.iterdir())
+
+
+def test_what_a_stream_has_no_room_for_is_refused_before_anything_is_replaced(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ModelConfig(**LLAMA)
+    monkeypatch.setattr(flax_writer, "_LONGEST", 24 * 36 * 2 + 100)
+    monkeypatch.setattr(conversion.places, "becoming", None)
+    with pytest.raises(CheckpointError) as error:
+        convert(model, source_of(model), tmp_path / "target", "jaxseq", overwrite=True)
+    assert "transformer/h/10/feed_forward/w3/kernel is 34" in str(error.value)
+    jaxseq.check_sizes(model, BFLOAT16)
 
 
 @pytest.mark.parametrize("format", ["zero", "cerebras"])

@@ -28,8 +28,9 @@ from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.llama_families import LLAMA
 from mesh_transformer.checkpoints.named import NamedSource
 from mesh_transformer.checkpoints.renaming import Renamed
-from mesh_transformer.checkpoints.source import Source
+from mesh_transformer.checkpoints.source import Array, Source
 from mesh_transformer.checkpoints.t5_family import T5
+from mesh_transformer.checkpoints.tensors import tensors
 from mesh_transformer.config import ModelConfig
 
 FILES = ("params.msgpack", "train_state.msgpack")
@@ -150,6 +151,17 @@ def check(model: ModelConfig) -> None:
     described(model, FAMILIES, _PROGRAM)
 
 
+def check_sizes(model: ModelConfig, dtype: np.dtype[Any]) -> None:
+    """Refuse weights that a stream has no room for in a dtype.
+
+    Raises:
+        CheckpointError: Some are too large, or JAXSeq does not compute such a model.
+    """
+    family, _ = described(model, FAMILIES, _PROGRAM)
+    arrays = {it.name: Array(it.shape, dtype) for it in tensors(family, model)}
+    flax_writer.check_stream(arrays)
+
+
 def write(
     folder: str,
     source: Source,
@@ -163,19 +175,18 @@ def write(
     Args:
         folder: There already, and empty.
         source: Of the model's arrays.
-        dtype: Of the weights.
+        dtype: Of the weights; one that `check_sizes` lets pass.
         advance: Called with the bytes of each array that is written.
 
     Raises:
-        CheckpointError: JAXSeq does not compute such a model, the source is not of it, or an array
-            is too large for the dtype or for a stream.
+        CheckpointError: JAXSeq does not compute such a model, the source is not of it, or a weight
+            is too large for the dtype.
     """
     config = config_json(model, dtype, families=FAMILIES, program=_PROGRAM)
     family = next(it for it in FAMILIES if it.model_type == config["model_type"])
     if model.n_tokens < model.n_vocab:
         config[_PADDED_FROM] = model.n_tokens
     weights = Renamed(source, family, model, dtype, advance)
-    flax_writer.check_stream(weights.arrays)
     path = storage.join(folder, FILES[0])
     flax_writer.write_stream(path, weights.arrays, weights.read)
     write_json(storage.join(folder, CONFIG), config)
