@@ -4,9 +4,9 @@
     python resharding_example.py --config configs/6B_roto_256.json --input step_383500/ \\
         --output gpt-j-hf --format hf
 
---input takes a run's folder or a step folder of this library's or of mesh-transformer-jax's, or a
-Hugging Face folder, on a local disk or in a bucket. --verify compares its checksums; --prompt loads
-it onto the devices there are, whatever number of shards it has, and samples from it.
+--input takes a run or a step of this library or of mesh-transformer-jax, a Hugging Face folder, or
+what JAXSeq, ZeRO-transformer, Cerebras or llama.cpp (GGUF) has written; most lie in buckets too.
+--verify compares checksums; --prompt loads it, whatever number of shards it has, and samples.
 """
 
 from __future__ import annotations
