@@ -189,6 +189,8 @@ class ZeroTransformer(NamedSource):
     def __init__(self, path: str, model: ModelConfig) -> None:
         is_torch = path.endswith(".pth")
         stored = _torch(path) if is_torch else _flax(path)
+        if is_torch and model.norm == "layernorm-nobias":
+            stored = _without_zero_biases(stored)
         for table in TABLES:
             if table in stored and len(stored[table].shape) == 2 and stored[table].shape[0] > 1:
                 stored[table + SHARED_ROW] = _Row(stored.pop(table), 1)
@@ -218,6 +220,26 @@ def _torch(path: str) -> dict[str, Stored]:
     return {
         re.sub(r"(blocks\.\d+\.)ln\.", r"\1ln1.", name): it
         for name, it in pytorch.read_header(path).items()
+    }
+
+
+def _without_zero_biases(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Leave out biases that are zeros, which the port has of a model without."""
+    biases = [name for name in stored if name.endswith(".bias")]
+    zeros = {name for name in biases if not stored[name].read().any()}
+    return {name: it for name, it in stored.items() if name not in zeros}
+
+
+def zero_biases(weights: Mapping[str, Array]) -> dict[str, np.ndarray]:
+    """Return a bias of zeros for each layer of the port but its embeddings.
+
+    Args:
+        weights: By name; `[n_out, n_in]` or, of norms, `[n_out]`.
+    """
+    return {
+        f"{name.removesuffix('weight')}bias": np.zeros(it.shape[0], it.dtype)
+        for name, it in weights.items()
+        if name != "wte.weight"
     }
 
 

@@ -9,7 +9,8 @@ tokens, all rows are that one.
 
 The port computes ALiBi alone. It is written for as it was while blocks had the names that they are
 given: of two norms, `ln1` and `ln2`, it took `use_alibi`, false if left out; of one, `ln`, it does
-not take that key (torch_compatability/GPT2.py of github.com/fattorib/ZeRO-transformer).
+not take that key. All its layers have biases, which are zeros in a model without, as the programs'
+own export has them (torch_compatability of github.com/fattorib/ZeRO-transformer).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from mesh_transformer.checkpoints.zero_transformer import (
     TABLES,
     TORCH,
     port_name,
+    zero_biases,
 )
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.positions import alibi_slopes
@@ -115,6 +117,8 @@ def write_torch(
     first, *others = (f"blocks.{i}.attn." for i in range(model.layers))
     constants = {first + name: it for name, it in made.items()}
     arrays = {theirs: weights.arrays[name] for theirs, name in names.items()}
+    if not model.qkv_bias:
+        constants |= zero_biases(arrays)
     arrays |= {name: Array(it.shape, it.dtype) for name, it in constants.items()}
     copies = {block + name: first + name for block in others for name in made}
 
