@@ -4,9 +4,10 @@
     python resharding_example.py --config configs/6B_roto_256.json --input step_383500/ \\
         --output gpt-j-hf --format hf
 
---input takes a run's or a step's folder of this library or of mesh-transformer-jax, a Hugging Face
-folder or another program's file, on a local disk or in a bucket. --verify compares a checkpoint's
-checksums; --prompt loads it onto the devices there are, whatever its shards, and samples from it.
+--input takes a run or a step of this library or of mesh-transformer-jax, a Hugging Face folder, or
+what JAXSeq, ZeRO-transformer, Cerebras or llama.cpp (GGUF) has written, on a local disk or, mostly,
+in a bucket. --verify compares a checkpoint's checksums; --prompt loads it onto the devices there
+are, whatever its shards, and samples from it.
 """
 
 from __future__ import annotations

@@ -54,15 +54,10 @@ def test_every_bit_is_read_of_trees_and_of_streams_and_written_as_it_was(
     stream = packed_files.stream(arrays)
     assert_same(read_stream(write(tmp_path / "stream", stream)), arrays)
     described = {name: Array(it.shape, it.dtype) for name, it in arrays.items()}
-    advanced: list[int] = []
-    flax_writer.write_tree(
-        str(tmp_path / "tree"), flax_writer.nested(described), arrays.__getitem__, advanced.append
-    )
+    nested = flax_writer.nested(described)
+    flax_writer.write_tree(str(tmp_path / "tree"), nested, arrays.__getitem__)
     assert (tmp_path / "tree").read_bytes() == tree
-    assert sum(advanced) == sum(it.nbytes for it in arrays.values())
-    flax_writer.write_stream(
-        str(tmp_path / "stream"), described, arrays.__getitem__, advanced.append
-    )
+    flax_writer.write_stream(str(tmp_path / "stream"), described, arrays.__getitem__)
     assert (tmp_path / "stream").read_bytes() == stream
 
 
@@ -75,13 +70,13 @@ def test_an_array_of_more_than_2_to_30_bytes_is_written_in_pieces(
     held = {"large": large, "small": small}
     described = {name: Array(it.shape, it.dtype) for name, it in held.items()}
     path = str(tmp_path / "file")
-    flax_writer.write_stream(path, described, held.__getitem__, lambda n: None)
+    flax_writer.write_stream(path, described, held.__getitem__)
     expected = {"large": packed_files.in_pieces(large, 4), "small": small}
     assert (tmp_path / "file").read_bytes() == packed_files.stream(expected)
     assert_same(read_stream(path), held)
     tree = {"step": 300, "none": None, "params": flax_writer.nested(described)}
     read = lambda name: held[name.removeprefix("params/")]  # noqa: E731
-    flax_writer.write_tree(path, tree, read, lambda n: None)
+    flax_writer.write_tree(path, tree, read)
     theirs = {"step": 300, "none": b"\xc0", "params": expected}
     assert (tmp_path / "file").read_bytes() == packed_files.tree(theirs)
 
@@ -191,8 +186,8 @@ def test_memory_for_one_array_suffices(read: Any, tmp_path: pathlib.Path) -> Non
     def write_all() -> None:
         target, one = str(tmp_path / "written"), lambda name: listed[name].read()
         if read is read_tree:
-            flax_writer.write_tree(target, flax_writer.nested(described), one, lambda n: None)
+            flax_writer.write_tree(target, flax_writer.nested(described), one)
         else:
-            flax_writer.write_stream(target, described, one, lambda n: None)
+            flax_writer.write_stream(target, described, one)
 
     assert memory_source.peak_bytes(write_all) < 1.5 * 4_000_000

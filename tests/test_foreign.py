@@ -15,7 +15,7 @@ import pytest
 import small
 import yaml
 
-from mesh_transformer.checkpoints import conversion, opening, pytorch
+from mesh_transformer.checkpoints import conversion, flax_writer, jaxseq, opening, pytorch
 from mesh_transformer.checkpoints.conversion import Conversion
 from mesh_transformer.checkpoints.foreign import FOREIGN
 from mesh_transformer.checkpoints.layout import CheckpointError
@@ -39,6 +39,7 @@ LLAMA = {
     **{**SIZES, **BIAS_FREE, "norm": "rmsnorm-mean", "pe": "rotary-half", "gated": True},
     **{"residual": "sequential", "activation": "silu", "norm_epsilon": 1e-6, "d_ff": 36},
 }
+T5 = {**SIZES, **small.ENCODER_DECODERS["t5"], "n_heads": 4, "d_model": 32}
 ZERO = {
     **{**SIZES, **BIAS_FREE, "norm": "layernorm-nobias", "norm_epsilon": 1e-6, "pe": "alibi"},
     **{"residual": "sequential", "tie_embeddings": True},
@@ -63,22 +64,24 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "GPT-2": GPT2,
         "OPT": {**GPT2, "activation": "relu", "pe_offset": 2},
         "LLaMA": LLAMA,
+        "T5": T5,
         "LLaMA, padded": {**LLAMA, "n_tokens": 17},
     },
     "zero": ZEROS,
-    "zero-torch": ZEROS,
+    "zero-torch": {kind: keys for kind, keys in ZEROS.items() if keys["pe"] == "alibi"},
     "cerebras": {
         "GPT-J": GPTJ,
         "GPT-J, tied": {**GPTJ, "tie_embeddings": True, "embed_bias": False},
         "GPT-2": GPT2,
         "NeoX": NEOX,
-        "LLaMA": {**LLAMA, "n_kv_heads": 2, "pe_theta": 5e5},
-        "no biases": {**GPT2, "norm": "layernorm-nobias", **BIAS_FREE, "qkv_bias": False},
-        "muP": {**GPTJ, **MUP, "mup_output_alpha": 2.22, "mup_attention_alpha": 1.3},
+        "LLaMA": {**LLAMA, "n_kv_heads": 2},
+        "no biases": {**NEOX, "norm": "layernorm-nobias", **BIAS_FREE, "qkv_bias": False},
+        "muP": {**GPT2, **MUP, "mup_output_alpha": 2.22, "mup_attention_alpha": 2**-0.5},
         # Powers of two, by which positions and biases are scaled and nothing is rounded.
-        "scaled": {**GPT2, "embed_scale": 8.0, "output_scale": 0.25, "attention_scale": 0.125},
+        "scaled": {**GPT2, "embed_scale": 8.0, "output_scale": 0.25, "attention_scale": 0.25},
         "scaled, untied": {
-            **{**GPTJ, "embed_bias": False, "output_scale": 0.5, "embed_scale": 4.0},
+            **{**GPT2, "output_scale": 0.5, "embed_scale": 4.0},
+            **{"tie_embeddings": False, "head_bias": True},
         },
     },
 }
@@ -177,15 +180,44 @@ def test_it_replaces_nothing_unasked_and_is_replaced_when_asked(
                 "where qkv_bias is true and pe is 'none', and only there",
             ],
         ),
-        ("zero-torch", {**ZERO, "d_ff": 36}, ["d_ff is 36; ZeRO-transformer has 96"]),
+        (
+            "zero-torch",
+            {**ZERO, "d_ff": 36, "pe": "none"},
+            [
+                "d_ff is 36; ZeRO-transformer's port to PyTorch has 96",
+                "pe is 'none'; ZeRO-transformer's port to PyTorch has 'alibi'",
+            ],
+        ),
         (
             "cerebras",
             {**NEOX, "pe": "alibi", "norm": "rmsnorm", "window": 4, "pe_rotary_dims": 0},
             [
                 "window is 4; Cerebras model has 0",
-                "norm is 'rmsnorm'; Cerebras model has 'layernorm', 'layernorm-nobias', "
-                "'rmsnorm-mean'",
+                "norm is 'rmsnorm'; Cerebras model has 'layernorm', 'layernorm-nobias' where "
+                "residual is 'parallel-untied'",
                 "pe is 'alibi'; Cerebras model has 'fixed', 'rotary-half'",
+            ],
+        ),
+        (
+            "cerebras",
+            {
+                **{**GPTJ, "embed_scale": 2.0, "output_scale": 0.5, "attention_scale": 0.25},
+                **{"embed_bias": False, "pe_theta": 5e5},
+            },
+            [
+                "pe_theta is 500000.0; Cerebras model has 10000.0",
+                "attention_scale is 0.25; Cerebras model has 0.5 where residual is 'parallel'",
+                "output_scale is 0.5; Cerebras model has 1.0 where residual is 'parallel'",
+                "embed_scale is 2.0; Cerebras model has 1.0 where residual is 'parallel'",
+            ],
+        ),
+        (
+            "cerebras",
+            {**LLAMA, "norm": "layernorm-nobias", "attention_scale": 0.125},
+            [
+                "norm is 'layernorm-nobias'; Cerebras model has 'layernorm', 'rmsnorm-mean' where "
+                "residual is 'sequential'",
+                "attention_scale is 0.125; Cerebras model has 0.5, 0.25",
             ],
         ),
         (
@@ -206,6 +238,18 @@ def test_each_key_that_a_format_cannot_hold_is_named_before_anything_is_written(
     assert heading.startswith(f"the model cannot be written for {FOREIGN[format].program}, ")
     assert lines == [f"  - {it}" for it in told]
     assert not any(tmp_path.iterdir())
+
+
+def test_what_a_stream_has_no_room_for_is_refused_before_anything_is_replaced(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ModelConfig(**LLAMA)
+    monkeypatch.setattr(flax_writer, "_LONGEST", 24 * 36 * 2 + 100)
+    monkeypatch.setattr(conversion.places, "becoming", None)
+    with pytest.raises(CheckpointError) as error:
+        convert(model, source_of(model), tmp_path / "target", "jaxseq", overwrite=True)
+    assert "transformer/h/10/feed_forward/w3/kernel is 34" in str(error.value)
+    jaxseq.check_sizes(model, BFLOAT16)
 
 
 @pytest.mark.parametrize("format", ["zero", "cerebras"])
@@ -263,14 +307,26 @@ def test_what_is_beside_weights_says_what_the_programs_need(tmp_path: pathlib.Pa
         }
     }
     needs_torch("cerebras")
-    model = ModelConfig(**KINDS["cerebras"]["muP"])
-    convert(model, source_of(model), tmp_path / "cerebras", "cerebras")
-    told = yaml.safe_load((tmp_path / "cerebras" / "params.yaml").read_text())["model"]
-    assert (told["mup_base_hidden_size"], told["mup_base_filter_size"]) == (12, 48)
-    assert told["output_logits_alpha"] == pytest.approx(2.22)
-    # Cerebras divides products by d_head alone, ours by what makes the base's the usual ones.
-    assert told["attention_logits_alpha"] == pytest.approx(1.3 * 2**0.5)
-    assert told["use_untied_layer_norm"] is False and told["use_bias_in_output"] is True
+    for residual in ("sequential", "parallel"):
+        model = ModelConfig(**{**ZERO, "residual": residual})
+        convert(model, source_of(model), tmp_path / residual, "zero-torch")
+        told = yaml.safe_load((tmp_path / residual / "model_config.yaml").read_text())["converted"]
+        # The port that calls a block's one norm `ln` takes no such key.
+        assert told.get("use_alibi") is (True if residual == "sequential" else None)
+    told = {}
+    for kind in ("muP", "GPT-J", "LLaMA", "no biases"):
+        model = ModelConfig(**KINDS["cerebras"][kind])
+        convert(model, source_of(model), tmp_path / kind, "cerebras")
+        told[kind] = yaml.safe_load((tmp_path / kind / "params.yaml").read_text())["model"]
+    assert told["muP"]["mixed_precision"] is True, "its trainer has no default"
+    assert told["muP"]["output_logits_scale"] == pytest.approx(2.22 * 12 / 24)
+    assert told["muP"]["scale_qk_dot_by_d"] is True
+    gptj = told["GPT-J"]
+    assert gptj["use_untied_layer_norm"] is False and gptj["use_bias_in_output"] is True
+    # Release 1.9 has these, and takes no notice of the later norm_type.
+    assert told["LLaMA"]["use_rms_norm"] is True and told["no biases"]["use_biasless_norm"] is True
+    later = ("rope_theta", "mup_base_hidden_size", "output_logits_alpha", "attention_logits_alpha")
+    assert not any(key in keys for keys in told.values() for key in later)
 
 
 def test_a_file_of_pytorch_s_is_as_it_writes_it_and_needs_memory_for_one_array(
@@ -285,8 +341,8 @@ def test_a_file_of_pytorch_s_is_as_it_writes_it_and_needs_memory_for_one_array(
         rng = np.random.default_rng(len(name) + ord(name[-1]))
         return np.asarray(rng.normal(size=arrays[name].shape)).astype(arrays[name].dtype)
 
-    def write() -> None:
-        pytorch.write(path, arrays, read, lambda n: None, copies={"copy": "w.3"})
+    def write(inside: str = "") -> None:
+        pytorch.write(path, arrays, read, inside=inside, copies={"copy": "w.3"})
 
     # The numbers are made in float64: an array of 4 MB and one of 8.
     assert memory_source.peak_bytes(write) < 1.25 * 12_000_000
@@ -298,3 +354,7 @@ def test_a_file_of_pytorch_s_is_as_it_writes_it_and_needs_memory_for_one_array(
         for name in arrays:
             theirs = found[name].to(torch.float32).numpy()
             np.testing.assert_array_equal(theirs, read(name).astype(np.float32))
+    write("model")
+    inner = torch.load(path, mmap=True, weights_only=True)
+    assert list(inner) == ["model"] and list(inner["model"]) == list(found)
+    assert torch.equal(inner["model"]["w.7"], found["w.7"])

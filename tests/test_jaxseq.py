@@ -117,15 +117,16 @@ def test_its_llama_computes_the_same_here_and_as_a_hugging_face_folder(
         np.testing.assert_array_equal(again.read(key), source.read(key))
 
 
-def flax_names(held: dict[str, Any]) -> dict[str, Any]:
-    """Rename arrays of GPT-2, GPT-J or OPT as transformers' Flax classes have them."""
+def flax_names(held: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Rename arrays of GPT-2, GPT-J, OPT or T5 as transformers' Flax classes have them."""
     made = {}
+    tables = ("embed", "wte", "wpe", "shared", "relative_attention_bias")
     for name, value in held.items():
         module, leaf = name.replace(".", "/").rsplit("/", 1)
         last = module.rsplit("/", 1)[-1]
         if leaf == "weight" and ("ln_" in last or "norm" in last):
-            leaf = "scale"
-        elif leaf == "weight" and (last.startswith("embed") or last in ("wte", "wpe")):
+            leaf = "weight" if kind == "t5" else "scale"
+        elif leaf == "weight" and last.startswith(tables):
             leaf = "embedding"
         elif leaf == "weight":
             # PyTorch's linear layers are the other way round than Flax's; and so are GPT-2's
@@ -134,6 +135,17 @@ def flax_names(held: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
+T5 = {
+    **{
+        "model_type": "t5",
+        "vocab_size": VOCAB,
+        "d_model": D,
+        "d_kv": 8,
+        "d_ff": FF,
+        "num_heads": 4,
+    },
+    **{"num_layers": LAYERS, "num_decoder_layers": 3, "relative_attention_num_buckets": 8},
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {**GPT, "n_inner": FF},
     "gptj": {**GPT, "rotary_dim": 2, "tie_word_embeddings": False},
@@ -141,13 +153,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"vocab_size": VOCAB, "max_position_embeddings": SEQ, "hidden_size": D, "ffn_dim": FF},
         **{"num_hidden_layers": LAYERS, "num_attention_heads": HEADS},
     },
+    "t5": T5,
+    "flan-t5": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("name", ["params", "train_state"])
 def test_flax_s_names_hold_what_pytorch_s_do(kind: str, name: str, tmp_path: pathlib.Path) -> None:
-    config = {**FAMILIES[kind], "model_type": kind}
+    config = {"model_type": kind, **FAMILIES[kind]}
     family = family_of(config)
     assert family is not None
     model = ModelConfig(**config_keys(config))
@@ -159,7 +173,13 @@ def test_flax_s_names_hold_what_pytorch_s_do(kind: str, name: str, tmp_path: pat
         for key in tensor.keys:
             whole = tensor.put(whole, key, source.read(key))
         held[tensor.name] = whole
-    named = flax_names(held)
+    named = flax_names(held, config["model_type"])
+    if kind == "flan-t5":
+        gate = "decoder/block/2/layer/2/DenseReluDense/wi_0/kernel"
+        norm = "encoder/block/1/layer/1/layer_norm/weight"
+        first = "block/0/layer/0/SelfAttention/relative_attention_bias/embedding"
+        assert (named[gate].shape, named[norm].shape) == ((D, FF), (D,))
+        assert named[f"encoder/{first}"].shape == named[f"decoder/{first}"].shape == (8, HEADS)
     if name == "train_state":
         count = {"step": np.int32(7).reshape(()), "opt_state/inner/0/count": np.zeros((), np.int32)}
         named = {**count, **{f"params/{key}": it for key, it in named.items()}}
@@ -181,7 +201,7 @@ def assert_written_again(
     dtype = np.dtype(np.float32)
     jaxseq.write(str(tmp_path / "again"), source, model, dtype=dtype, advance=lambda n: None)
     params = {name.removeprefix("params/"): it for name, it in held.items()}
-    names = sorted((it for it in params if it.startswith(("transformer", "model", "lm_head"))),
+    names = sorted((it for it in params if not it.startswith(("step", "opt_state"))),
                    key=lambda it: it.split("/"))  # fmt: skip
     expected = packed_files.stream({name: params[name] for name in names})
     assert (tmp_path / "again" / "params.msgpack").read_bytes() == expected
@@ -202,8 +222,8 @@ def test_a_padded_vocabulary_gets_no_probability(tmp_path: pathlib.Path) -> None
 
 def test_what_does_not_fit_is_refused(tmp_path: pathlib.Path) -> None:
     held = llama_weights()
-    folder = write(tmp_path / "theirs", {**LLAMA, "model_type": "t5"}, held)
-    with pytest.raises(CheckpointError, match='model_type is "t5"; of JAXSeq are read .gpt2., .gp'):
+    folder = write(tmp_path / "theirs", {**LLAMA, "model_type": "bert"}, held)
+    with pytest.raises(CheckpointError, match='model_type is "bert"; of JAXSeq are read .gpt2., .'):
         opened(folder)
     folder = write(tmp_path / "theirs", {**LLAMA, "num_hidden_layers": 3}, held)
     with pytest.raises(CheckpointError, match="transformer/h/2/attention_norm/kernel is missing"):

@@ -84,7 +84,7 @@ def test_data_begins_at_a_multiple_of_eight_and_says_that_it_is_pytorch_s(
         assert json.loads(data[8 : 8 + n])["__metadata__"] == {"format": "pt"}
 
 
-def test_arrays_are_asked_for_one_by_one_and_told_when_written(tmp_path: pathlib.Path) -> None:
+def test_arrays_are_asked_for_one_by_one(tmp_path: pathlib.Path) -> None:
     arrays: dict[str, np.ndarray] = {
         "a": np.ones(3, np.float32),
         "b": np.ones((2, 2), np.float16),
@@ -95,8 +95,8 @@ def test_arrays_are_asked_for_one_by_one_and_told_when_written(tmp_path: pathlib
         seen.append(name)
         return arrays[name]
 
-    safetensors.write(str(tmp_path / "file"), described(arrays), one, seen.append)
-    assert seen == ["a", 12, "b", 8]
+    safetensors.write(str(tmp_path / "file"), described(arrays), one)
+    assert seen == ["a", "b"]
 
 
 def test_an_array_that_is_not_what_was_announced_is_refused(tmp_path: pathlib.Path) -> None:

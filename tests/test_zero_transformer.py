@@ -203,6 +203,9 @@ def test_the_export_to_pytorch_holds_the_same(kind: str, tmp_path: pathlib.Path)
             state[f"blocks.{number}.{names['/'.join(module[1:])]}.{leaf}"] = value.T
         elif module[0] == "LayerNorm_0":
             state[f"norm.{leaf}"] = value
+    for name, value in list(state.items()):  # its layers have biases, whether it has trained any
+        if name not in ("wte.weight", "lm_head.weight"):
+            state.setdefault(name.replace("weight", "bias"), np.zeros(len(value), np.float32))
     state["blocks.0.attn.mask"] = np.tril(np.ones((1, 1, SEQ, SEQ), np.uint8))
     state["blocks.0.attn.slopes"] = np.array(slopes(HEADS), np.float32)
     path = tmp_path / "417M.pth"
@@ -222,6 +225,9 @@ def test_the_export_to_pytorch_holds_the_same(kind: str, tmp_path: pathlib.Path)
     for name, value in state.items():
         np.testing.assert_array_equal(ours[name].numpy(), value, err_msg=name)
         assert ours[name].numpy().dtype == value.dtype, name
+    biases: Any = dict.fromkeys(("qkv_bias", "o_bias", "ff_bias"), True)
+    biased = opened(str(path), dataclasses.replace(model, norm="layernorm", **biases))
+    assert biased.arrays.keys() >= source.arrays.keys(), "a model with biases may have them zero"
     of_others = {f"blocks.{i}.attn.{it}" for i in range(1, LAYERS) for it in ("mask", "slopes")}
     assert ours.keys() == state.keys() | of_others, "its port loads a whole state dict alone"
 

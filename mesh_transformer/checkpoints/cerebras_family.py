@@ -4,6 +4,11 @@ Its one decoder is configured as GPT-J, GPT-NeoX, GPT-2 or LLaMA, and arrays hav
 all. It turns neighbouring features; what it has converted from GPT-NeoX and LLaMA has queries and
 keys in that order, so that all but GPT-J's are in halves here, as transformers has them.
 
+Read are the parameters of all releases; written those of 1.9, the last that has such files, which
+takes no notice of a parameter that it does not know. Its rotary positions have theta 10000, and of
+its two classes GPT-2's, of sequential blocks, has RMSNorm and the scales of muP, and GPT-J's, of
+parallel ones, norms without a bias (modelzoo/common/pytorch of github.com/Cerebras/modelzoo).
+
 Of muP, what it computes is read: the scales of embeddings, of the products of queries and keys, and
 of logits. The base's sizes say beside that how a model was trained, which is told by the
 configuration that trains on: see docs/howto_mup.md.
@@ -12,6 +17,7 @@ configuration that trains on: see docs/howto_mup.md.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -47,10 +53,11 @@ BIASES = {
 _GATED = {"swiglu": "silu", "reglu": "relu", "geglu": "gelu"}
 _NORMS = {"layernorm": "layernorm", "rmsnorm": "rmsnorm-mean",
           "biasless-layernorm": "layernorm-nobias"}  # fmt: skip
-_NO_DROPOUT = dict.fromkeys(
-    ("dropout_rate", "embedding_dropout_rate", "attention_dropout_rate", "residual_dropout_rate"),
-    0.0,
-)
+_OF_TRAINING = {
+    **{"dropout_rate": 0.0, "embedding_dropout_rate": 0.0, "attention_dropout_rate": 0.0},
+    **{"residual_dropout_rate": 0.0, "mixed_precision": True},
+}
+"""What its trainer asks for; precision as its own converter has it."""
 _PLAIN = Choice("nonlinearity", "activation", ACTIVATIONS, "gelu")
 
 
@@ -86,7 +93,15 @@ def _read_norm(config: Json, keys: Json) -> Json:
 
 
 def _write_norm(model: ModelConfig) -> Json:
-    return Choice("norm_type", "norm", _NORMS, None).write(model)
+    """Write the parameter of 1.9, and that of releases from 2.0, which have no other."""
+    other = "rmsnorm" if model.residual == "sequential" else "biasless-layernorm"
+    kinds = {kind: _NORMS[kind] for kind in ("layernorm", other)}
+    try:
+        (kind,) = Choice("norm_type", "norm", kinds, None).write(model).values()
+    except ValueError as error:
+        raise ValueError(f"{error} where residual is {model.residual!r}") from error
+    old = {"rmsnorm": "use_rms_norm", "biasless-layernorm": "use_biasless_norm"}
+    return {"norm_type": kind, **({old[kind]: True} if kind in old else {})}
 
 
 def _read_positions(config: Json, keys: Json) -> Json:
@@ -113,7 +128,7 @@ def _write_positions(model: ModelConfig) -> Json:
     kind = Choice("position_embedding_type", "pe", kinds, None).write(model)
     if model.pe == "fixed":
         return kind
-    return {**kind, "rotary_dim": model.pe_rotary_dims, "rope_theta": model.pe_theta}
+    return {**kind, "rotary_dim": model.pe_rotary_dims}
 
 
 def _read_activation(config: Json, keys: Json) -> Json:
@@ -218,23 +233,28 @@ def _read_embed_scale(config: Json, keys: Json) -> Json:
 def _write_attention_scale(model: ModelConfig) -> Json:
     usual = relations.apply(rules.DERIVED["attention_scale"], {**vars(model), **MUP})
     if model.attention_scale == usual:
-        return {"scale_qk_dot_by_d": False} if model.mup_base_d_model else {}
-    alpha = model.attention_scale * model.d_model / model.n_heads
-    return {"scale_qk_dot_by_d": True, "attention_logits_alpha": alpha}
+        return {}
+    by_d, where = 1 / model.d_head, f" where residual is {model.residual!r}"
+    if model.residual != "sequential":
+        raise ValueError(f"attention_scale is {model.attention_scale}; {{}} has {usual}{where}")
+    if not math.isclose(model.attention_scale, by_d, rel_tol=1e-15):
+        raise ValueError(f"attention_scale is {model.attention_scale}; {{}} has {usual}, {by_d}")
+    return {"scale_qk_dot_by_d": True}
 
 
 def _write_output_scale(model: ModelConfig) -> Json:
-    if not model.mup_base_d_model:
-        return {} if model.output_scale == 1 else {"output_logits_scale": model.output_scale}
-    return {
-        **{"hidden_size": model.d_model, "mup_base_hidden_size": model.mup_base_d_model},
-        **{"filter_size": model.d_ff, "mup_base_filter_size": model.mup_base_d_ff},
-        "output_logits_alpha": model.output_scale * model.d_model / model.mup_base_d_model,
-    }
+    return _write_scale(model, "output_scale", "output_logits_scale")
 
 
 def _write_embed_scale(model: ModelConfig) -> Json:
-    return {} if model.embed_scale == 1 else {"embeddings_scale": model.embed_scale}
+    return _write_scale(model, "embed_scale", "embeddings_scale")
+
+
+def _write_scale(model: ModelConfig, ours: str, theirs: str) -> Json:
+    scale = getattr(model, ours)
+    if scale != 1 and model.residual != "sequential":
+        raise ValueError(f"{ours} is {scale}; {{}} has 1.0 where residual is {model.residual!r}")
+    return {} if scale == 1 else {theirs: scale}
 
 
 def _read_embed_bias(config: Json, keys: Json) -> Json:
@@ -244,7 +264,7 @@ def _read_embed_bias(config: Json, keys: Json) -> Json:
 
 FAMILY = Family(
     name="Cerebras model",
-    model_type="", architecture="", prefix="", also=_NO_DROPOUT, begin_id=0, eot_id=0,
+    model_type="", architecture="", prefix="", also=_OF_TRAINING, begin_id=0, eot_id=0,
     keys=(
         Size("vocab_size", "n_vocab"),
         Size("max_position_embeddings", "seq"),

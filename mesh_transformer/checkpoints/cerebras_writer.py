@@ -1,4 +1,4 @@
-"""Checkpoints of Cerebras's model zoo, written; `cerebras` says what is in them.
+"""Checkpoints of Cerebras's model zoo, release 1.9, written; `cerebras` says what is in them.
 
 Modules that share a parameter, as the last norm is shared, have it by both their names.
 """
@@ -20,6 +20,8 @@ from mesh_transformer.checkpoints.renaming import Renamed
 from mesh_transformer.checkpoints.source import Array, Counts, Key, Source
 from mesh_transformer.config import ModelConfig
 
+PROGRAM = "Cerebras's model zoo, release 1.9"
+
 _FINAL_NORM, _ALSO_FINAL_NORM = "transformer_decoder.norm.", "ln_f."
 
 
@@ -35,7 +37,7 @@ def check(model: ModelConfig) -> None:
 
 def _described(model: ModelConfig) -> tuple[Family, Json]:
     family = AS_GPTJ if model.residual == "parallel" else FAMILY
-    return described(model, (family,), "Cerebras's model zoo")
+    return described(model, (family,), PROGRAM)
 
 
 def write(
@@ -59,7 +61,7 @@ def write(
             weight is too large for the dtype; or there is no PyTorch.
     """
     family, keys = _described(model)
-    weights = Renamed(_Unscaled(source, model), family, model, dtype)
+    weights = Renamed(_Unscaled(source, model), family, model, dtype, advance)
     copies = {
         name.replace(_FINAL_NORM, _ALSO_FINAL_NORM): name
         for name in weights.arrays
@@ -68,7 +70,7 @@ def write(
     if model.tie_embeddings:
         copies["lm_head.weight"] = "embedding_layer.word_embeddings.weight"
     path = storage.join(folder, f"checkpoint_{source.step}.mdl")
-    pytorch.write(path, weights.arrays, weights.read, advance, copies=copies)
+    pytorch.write(path, weights.arrays, weights.read, inside="model", copies=copies)
     same = {key: it for key, it in family.same.items() if it is not None}
     text = yaml.safe_dump({"model": {**same, **family.also, **keys}}, sort_keys=False)
     storage.write_text_atomically(storage.join(folder, "params.yaml"), text)

@@ -197,6 +197,9 @@ def _check(what: Conversion, config: Config, output: str, source: Source) -> Non
         _check_padding(what, config, "transformers")
     if (foreign := FOREIGN.get(what.format)) is not None:
         foreign.check(config.model)
+        dtype = plan(source, what).dtype
+        assert dtype is not None, "the plan says it"
+        foreign.check_sizes(config.model, dtype)
         if not foreign.knows_padding:
             _check_padding(what, config, foreign.program)
     places.check_apart(output, source)

@@ -23,7 +23,6 @@ _ARRAY = 1  # the code of an ext that is one
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Read = Callable[[str], np.ndarray]
-Advance = Callable[[int], object]
 
 
 def nested(arrays: Mapping[str, Array]) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def nested(arrays: Mapping[str, Array]) -> dict[str, Any]:
     return tree
 
 
-def write_tree(path: str, tree: Mapping[str, Any], read: Read, advance: Advance) -> None:
+def write_tree(path: str, tree: Mapping[str, Any], read: Read) -> None:
     """Write a tree as Flax packs it.
 
     Args:
@@ -45,23 +44,20 @@ def write_tree(path: str, tree: Mapping[str, Any], read: Read, advance: Advance)
         tree: Of what there is: maps, whole numbers, None, and an `Array` in the place of each
             array, whose dtype is one of `flax_files.DTYPES`.
         read: Given the keys on the way to an array, with "/" between, makes it; called in order.
-        advance: Called with the bytes of each array that is written.
     """
     with storage.open(path, "wb") as file:
-        _write_map(file, tree, "", read, advance)
+        _write_map(file, tree, "", read)
 
 
-def _write_map(
-    file: IO[bytes], tree: Mapping[str, Any], inside: str, read: Read, advance: Advance
-) -> None:
+def _write_map(file: IO[bytes], tree: Mapping[str, Any], inside: str, read: Read) -> None:
     file.write(_head("map", len(tree)))
     for key, value in tree.items():
         name = f"{inside}{key}"
         file.write(msgpack.packb(key))
         if isinstance(value, Array):
-            _write_array(file, name, value, read, advance)
+            _write_array(file, name, value, read)
         elif isinstance(value, Mapping):
-            _write_map(file, value, f"{name}/", read, advance)
+            _write_map(file, value, f"{name}/", read)
         else:
             file.write(msgpack.packb(value))
 
@@ -78,20 +74,20 @@ def check_stream(arrays: Mapping[str, Array]) -> None:
         raise CheckpointError("\n  - ".join([heading, *large]))
 
 
-def write_stream(path: str, arrays: Mapping[str, Array], read: Read, advance: Advance) -> None:
+def write_stream(path: str, arrays: Mapping[str, Array], read: Read) -> None:
     """Write arrays pair by pair, as JAXSeq does, in the order that they have in Flax's trees.
 
     Args:
         path: Of the file.
         arrays: By the keys on the way to them, with "/" between; checked by `check_stream`.
-        read, advance: As for `write_tree`.
+        read: As for `write_tree`.
     """
     with storage.open(path, "wb") as file:
         for keys in sorted(name.split("/") for name in arrays):
             name = "/".join(keys)
             n_bytes = sum(it.n_bytes for it in _packed(arrays[name]))
             file.write(_head("list", 2) + msgpack.packb(keys) + _head("bytes", n_bytes))
-            _write_array(file, name, arrays[name], read, advance)
+            _write_array(file, name, arrays[name], read)
 
 
 class _Part(NamedTuple):
@@ -150,11 +146,10 @@ def _head(kind: str, n: int) -> bytes:
     raise ValueError(f"a {kind} of {n} is longer than msgpack has them")
 
 
-def _write_array(file: IO[bytes], name: str, array: Array, read: Read, advance: Advance) -> None:
+def _write_array(file: IO[bytes], name: str, array: Array, read: Read) -> None:
     whole = np.asarray(read(name), order="C")
     assert (whole.shape, whole.dtype) == (array.shape, array.dtype), name
     data = whole.reshape(-1).view(np.uint8).data
     for part in _packed(array):
         file.write(part.packed)
         file.write(data[part.begin : part.end])
-    advance(array.n_bytes)

@@ -149,10 +149,10 @@ def write(
     config = config_json(model, dtype, ids=ids)
     family = family_of(config)
     assert family is not None, "config_json names one of them"
-    weights = Renamed(source, family, model, dtype)
+    weights = Renamed(source, family, model, dtype, advance)
     files = _in_files(weights.arrays, shard_bytes)
     for name, inside in files.items():
-        safetensors.write(storage.join(folder, name), inside, weights.read, advance)
+        safetensors.write(storage.join(folder, name), inside, weights.read)
     if len(files) > 1:
         index = {
             "metadata": {"total_size": sum(array.n_bytes for array in weights.arrays.values())},

@@ -5,8 +5,8 @@
     train_state.msgpack    the same with an optimizer's state: the weights are read, and not written
 
 Flax's names follow from those of transformers: scale, kernel and embedding instead of weight, and
-every matrix the other way round. Only its LLaMA has names of its own; it turns neighbouring
-features and knows neither shared heads of keys nor another theta.
+every matrix the other way round; T5's norms keep theirs. Only its LLaMA has names of its own; it
+turns neighbouring features and knows neither shared heads of keys nor another theta.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.llama_families import LLAMA
 from mesh_transformer.checkpoints.named import NamedSource
 from mesh_transformer.checkpoints.renaming import Renamed
-from mesh_transformer.checkpoints.source import Source
+from mesh_transformer.checkpoints.source import Array, Source
+from mesh_transformer.checkpoints.t5_family import T5
+from mesh_transformer.checkpoints.tensors import tensors
 from mesh_transformer.config import ModelConfig
 
 FILES = ("params.msgpack", "train_state.msgpack")
@@ -53,18 +55,18 @@ _LLAMA_ROWS = (
 )
 
 
-def _of_flax(row: Row) -> Row:
-    """Return a row of transformers by the name that Flax has for it."""
+def _of_flax(row: Row, scale: str) -> Row:
+    """Return a row of transformers by the name that Flax has for it, a norm's being `scale`."""
     module, _, leaf = row.theirs.replace(".", "/").rpartition("/")
     if leaf == "weight":
-        kinds = {"embeddings": "embedding", "scale": "scale", "w": "kernel"}
+        kinds = {"embeddings": "embedding", "scale": scale, "w": "kernel"}
         leaf = kinds[row.ours.rpartition("/")[2]]
-    turned = leaf == "kernel" and not row.transposed
-    return row._replace(theirs=f"{module}/{leaf}", transposed=turned)
+    transposed = row.transposed != (leaf == "kernel")
+    return row._replace(theirs=f"{module}/{leaf}", transposed=transposed)
 
 
-def _with_flax_names(family: Family) -> Family:
-    rows = tuple(_of_flax(row) for row in family.rows)
+def _with_flax_names(family: Family, scale: str = "scale") -> Family:
+    rows = tuple(_of_flax(row, scale) for row in family.rows)
     return dataclasses.replace(family, rows=rows, constants="(?!)")
 
 
@@ -86,6 +88,7 @@ FAMILIES: tuple[Family, ...] = (
         rows=_LLAMA_ROWS,
         constants="(?!)",
     ),
+    _with_flax_names(T5, "weight"),
 )
 
 
@@ -148,6 +151,17 @@ def check(model: ModelConfig) -> None:
     described(model, FAMILIES, _PROGRAM)
 
 
+def check_sizes(model: ModelConfig, dtype: np.dtype[Any]) -> None:
+    """Refuse weights that a stream has no room for in a dtype.
+
+    Raises:
+        CheckpointError: Some are too large, or JAXSeq does not compute such a model.
+    """
+    family, _ = described(model, FAMILIES, _PROGRAM)
+    arrays = {it.name: Array(it.shape, dtype) for it in tensors(family, model)}
+    flax_writer.check_stream(arrays)
+
+
 def write(
     folder: str,
     source: Source,
@@ -161,19 +175,18 @@ def write(
     Args:
         folder: There already, and empty.
         source: Of the model's arrays.
-        dtype: Of the weights.
+        dtype: Of the weights; one that `check_sizes` lets pass.
         advance: Called with the bytes of each array that is written.
 
     Raises:
-        CheckpointError: JAXSeq does not compute such a model, the source is not of it, or an array
-            is too large for the dtype or for a stream.
+        CheckpointError: JAXSeq does not compute such a model, the source is not of it, or a weight
+            is too large for the dtype.
     """
     config = config_json(model, dtype, families=FAMILIES, program=_PROGRAM)
     family = next(it for it in FAMILIES if it.model_type == config["model_type"])
     if model.n_tokens < model.n_vocab:
         config[_PADDED_FROM] = model.n_tokens
-    weights = Renamed(source, family, model, dtype)
-    flax_writer.check_stream(weights.arrays)
+    weights = Renamed(source, family, model, dtype, advance)
     path = storage.join(folder, FILES[0])
-    flax_writer.write_stream(path, weights.arrays, weights.read, advance)
+    flax_writer.write_stream(path, weights.arrays, weights.read)
     write_json(storage.join(folder, CONFIG), config)

@@ -149,8 +149,8 @@ def write(
     path: str,
     arrays: Mapping[str, Array],
     read: Callable[[str], np.ndarray],
-    advance: Callable[[int], object],
     *,
+    inside: str = "",
     copies: Mapping[str, str] | None = None,
 ) -> None:
     """Write a state dict, as `torch.save` does.
@@ -158,7 +158,7 @@ def write(
     Args:
         arrays: By name; of dtypes that PyTorch has.
         read: Makes an array, given its name; called in their order.
-        advance: Called with the bytes of each array that is written.
+        inside: The name that the state dict is below, as trainers have it; "": it is the file.
         copies: Further names, each with that of the array which it is, as modules that share a
             parameter have it. The bytes are there once.
 
@@ -166,14 +166,14 @@ def write(
         CheckpointError: There is no PyTorch here.
     """
     torch = check(path)
-    saved = {}
+    saved: dict[str, Any] = {}
     for i, (name, array) in enumerate(arrays.items()):
         n_numbers = array.n_bytes // array.dtype.itemsize
         held = _Storage(getattr(torch, _STORAGES[array.dtype]), str(i), n_numbers)
         saved[name] = _Saved(torch._utils._rebuild_tensor_v2, held, array.shape)
     saved |= {name: saved[copied] for name, copied in (copies or {}).items()}
     pickled = io.BytesIO()
-    _Pickler(pickled, protocol=2).dump(saved)
+    _Pickler(pickled, protocol=2).dump({inside: saved} if inside else saved)
     with writing_zip(path) as archive:
         _add(archive, "data.pkl", pickled.getbuffer())
         _add(archive, "byteorder", memoryview(b"little"))
@@ -181,7 +181,6 @@ def write(
             whole = np.asarray(read(name), order="C")
             assert (whole.shape, whole.dtype) == (array.shape, array.dtype), name
             _add(archive, f"data/{i}", whole.reshape(-1).view(np.uint8).data)
-            advance(array.n_bytes)
             del whole  # or it would stay until the next one has been made
         _add(archive, "version", memoryview(b"3\n"))
 

@@ -6,7 +6,7 @@ embedding may have a bias, which most families lack: theirs is then the table wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,15 +27,21 @@ class Renamed:
         source: Of the model's arrays.
         family: One that can describe the model (`families.described`).
         dtype: Of what is read.
+        advance: Called with the bytes of each array that has been made.
 
     Raises:
         CheckpointError: The source is not of the model.
     """
 
     def __init__(
-        self, source: Source, family: Family, model: ModelConfig, dtype: np.dtype[Any]
+        self,
+        source: Source,
+        family: Family,
+        model: ModelConfig,
+        dtype: np.dtype[Any],
+        advance: Callable[[int], object],
     ) -> None:
-        self._source, self._dtype = fitted(source, model), dtype
+        self._source, self._dtype, self._advance = fitted(source, model), dtype, advance
         self._tensors = {tensor.name: tensor for tensor in tensors(family, model)}
         held = {key for tensor in self._tensors.values() for key in tensor.keys}
         self._folds_bias = TABLE_BIAS in self._source.arrays and TABLE_BIAS not in held
@@ -49,6 +55,11 @@ class Renamed:
         Raises:
             CheckpointError: It holds numbers that are too large for the dtype, or is damaged.
         """
+        made = self._made(name)
+        self._advance(made.nbytes)
+        return made
+
+    def _made(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
         if tensor.keys == (TABLE,) and self._folds_bias:
             return _embedding(self._source, self._dtype)

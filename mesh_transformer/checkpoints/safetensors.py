@@ -147,14 +147,12 @@ def write(
     path: str,
     arrays: Mapping[str, Array],
     read: Callable[[str], np.ndarray],
-    advance: Callable[[int], object] = lambda n: None,
 ) -> None:
     """Write a file, asking for its arrays in order, for each while the one before it is written.
 
     Args:
         arrays: What the file will hold, by name.
         read: Gives the array of a name.
-        advance: Called with the bytes of each array that is written.
 
     Raises:
         CheckpointError: An array is not what was said, or of a dtype that is not written.
@@ -169,7 +167,6 @@ def write(
             if given != needed:
                 raise CheckpointError(f"{name} for {path} is {given}, announced was {needed}")
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            advance(needed.n_bytes)
             del array  # or it would stay until the next one has been made
 
 

@@ -38,7 +38,7 @@ from mesh_transformer.checkpoints.named import NamedSource, Stored
 from mesh_transformer.checkpoints.source import Array
 from mesh_transformer.config import ModelConfig
 
-NAME = "ZeRO-transformer"
+NAME, PORT = "ZeRO-transformer", "ZeRO-transformer's port to PyTorch"
 _STEP = re.compile(r"(?:params|checkpoint)_(\d+)")
 _BLOCK = "layers/block/"
 _B, _P = "TransformerBlock_{}/", "blocks.{}."
@@ -98,7 +98,6 @@ SIZES = (
     Size("N", "layers"),
 )
 _KINDS: tuple[Keys, ...] = (
-    Choice("alibi_attn", "pe", {True: "alibi", False: "none"}, False),
     Choice("fused_residuals", "residual", {False: "sequential", True: "parallel"}, False),
     Choice("use_bias", "qkv_bias o_bias ff_bias", BOOLEAN, False),
     Derived("norm", lambda config, keys: {"norm": config["norm"]}, _write_norm),
@@ -107,16 +106,20 @@ _KINDS: tuple[Keys, ...] = (
 """What files tell by which arrays there are, and the programs' configurations by some of these."""
 
 
-def _table(length: str, rows: tuple[Row, ...], constants: str) -> Family:
+def _table(name: str, told: tuple[Keys, ...], rows: tuple[Row, ...], constants: str) -> Family:
     return Family(
-        name=NAME, model_type="", architecture="", prefix="",
-        keys=(*SIZES, Size(length, "seq"), *_KINDS), same={}, ours=_OURS,
+        name=name, model_type="", architecture="", prefix="",
+        keys=(*SIZES, *told, *_KINDS), same={}, ours=_OURS,
         also={}, begin_id=0, eot_id=0, rows=rows, constants=constants,
     )  # fmt: skip
 
 
 FLAX = _table(
-    "block_size",
+    NAME,
+    (
+        Size("block_size", "seq"),
+        Choice("alibi_attn", "pe", {True: "alibi", False: "none"}, False),
+    ),
     (
         Row("wte/embedding", "embed/embeddings"),
         Row(TABLES[0] + SHARED_ROW, "embed/b"),
@@ -128,7 +131,8 @@ FLAX = _table(
     "(?!)",
 )
 TORCH = _table(
-    "num_ctx",
+    PORT,
+    (Size("num_ctx", "seq"), Choice("use_alibi", "pe", {True: "alibi"}, False)),
     (
         Row("wte.weight", "embed/embeddings"),
         Row(TABLES[1] + SHARED_ROW, "embed/b"),
@@ -185,6 +189,8 @@ class ZeroTransformer(NamedSource):
     def __init__(self, path: str, model: ModelConfig) -> None:
         is_torch = path.endswith(".pth")
         stored = _torch(path) if is_torch else _flax(path)
+        if is_torch and model.norm == "layernorm-nobias":
+            stored = _without_zero_biases(stored)
         for table in TABLES:
             if table in stored and len(stored[table].shape) == 2 and stored[table].shape[0] > 1:
                 stored[table + SHARED_ROW] = _Row(stored.pop(table), 1)
@@ -214,6 +220,26 @@ def _torch(path: str) -> dict[str, Stored]:
     return {
         re.sub(r"(blocks\.\d+\.)ln\.", r"\1ln1.", name): it
         for name, it in pytorch.read_header(path).items()
+    }
+
+
+def _without_zero_biases(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Leave out biases that are zeros, which the port has of a model without."""
+    biases = [name for name in stored if name.endswith(".bias")]
+    zeros = {name for name in biases if not stored[name].read().any()}
+    return {name: it for name, it in stored.items() if name not in zeros}
+
+
+def zero_biases(weights: Mapping[str, Array]) -> dict[str, np.ndarray]:
+    """Return a bias of zeros for each layer of the port but its embeddings.
+
+    Args:
+        weights: By name; `[n_out, n_in]` or, of norms, `[n_out]`.
+    """
+    return {
+        f"{name.removesuffix('weight')}bias": np.zeros(it.shape[0], it.dtype)
+        for name, it in weights.items()
+        if name != "wte.weight"
     }
 
 

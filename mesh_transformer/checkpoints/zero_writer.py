@@ -1,11 +1,16 @@
 """Checkpoints of fattorib's ZeRO-transformer and transformer, written.
 
     params_42000          a training state without its optimizer's, as Flax packs it; or
-    params_42000.pth      a state dict of the programs' port to PyTorch
+    params_42000.pth      a state dict of the programs' ports to PyTorch
     model_config.yaml     what their `model_getter` is to make, by the name "converted"
 
 `zero_transformer` has the names. Of a table of positions, of which the programs use one row for all
 tokens, all rows are that one.
+
+The port computes ALiBi alone. It is written for as it was while blocks had the names that they are
+given: of two norms, `ln1` and `ln2`, it took `use_alibi`, false if left out; of one, `ln`, it does
+not take that key. All its layers have biases, which are zeros in a model without, as the programs'
+own export has them (torch_compatability of github.com/fattorib/ZeRO-transformer).
 """
 
 from __future__ import annotations
@@ -25,11 +30,13 @@ from mesh_transformer.checkpoints.source import Array, Source
 from mesh_transformer.checkpoints.zero_transformer import (
     FLAX,
     NAME,
+    PORT,
     SHARED_ROW,
     SIZES,
     TABLES,
     TORCH,
     port_name,
+    zero_biases,
 )
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.positions import alibi_slopes
@@ -47,12 +54,12 @@ def check(model: ModelConfig) -> None:
 
 
 def check_torch(model: ModelConfig) -> None:
-    """Refuse what `check` does, and to write PyTorch's files without it.
+    """Refuse what `check` does and models without ALiBi, and to write PyTorch's files without it.
 
     Raises:
         CheckpointError: See there; or there is no PyTorch.
     """
-    check(model)
+    described(model, (TORCH,), PORT)
     pytorch.check("params_N.pth")
 
 
@@ -85,7 +92,7 @@ def write_flax(
         return weights.read(name.removeprefix(_INSIDE))
 
     path = storage.join(folder, f"params_{source.step}")
-    flax_writer.write_tree(path, tree, read, _nothing)
+    flax_writer.write_tree(path, tree, read)
     told = ["block_size", "alibi_attn", *(["fused_residuals"] * keys["fused_residuals"])]
     _write_config(folder, {key: keys[key] for key in (*_size_keys(), *told)} | {"dropout": 0.0})
 
@@ -102,15 +109,16 @@ def write_torch(
 
     Args and errors are those of `write_flax`.
     """
-    _, keys = described(model, (TORCH,), NAME)
+    _, keys = described(model, (TORCH,), PORT)
     weights = _Weights(source, TORCH, model, dtype, advance)
     names = {port_name(it, model): it for it in weights.arrays}
-    made = {"mask": np.tri(model.seq, dtype=np.uint8)[None, None]}
-    if model.pe == "alibi":
-        made["slopes"] = alibi_slopes(model.n_heads)
+    mask = np.tri(model.seq, dtype=np.uint8)[None, None]
+    made = {"mask": mask, "slopes": alibi_slopes(model.n_heads)}
     first, *others = (f"blocks.{i}.attn." for i in range(model.layers))
     constants = {first + name: it for name, it in made.items()}
     arrays = {theirs: weights.arrays[name] for theirs, name in names.items()}
+    if not model.qkv_bias:
+        constants |= zero_biases(arrays)
     arrays |= {name: Array(it.shape, it.dtype) for name, it in constants.items()}
     copies = {block + name: first + name for block in others for name in made}
 
@@ -118,12 +126,9 @@ def write_torch(
         return constants[name] if name in constants else weights.read(names[name])
 
     path = storage.join(folder, f"params_{source.step}.pth")
-    pytorch.write(path, arrays, read, _nothing, copies={"lm_head.weight": "wte.weight", **copies})
-    _write_config(folder, {key: keys[key] for key in (*_size_keys(), "num_ctx")})
-
-
-def _nothing(n_bytes: int) -> None:
-    """Tell of no more bytes than are read."""
+    pytorch.write(path, arrays, read, copies={"lm_head.weight": "wte.weight", **copies})
+    told = ["num_ctx", *(["use_alibi"] * (model.residual == "sequential"))]
+    _write_config(folder, {key: keys[key] for key in (*_size_keys(), *told)})
 
 
 class _Weights(Renamed):
@@ -137,8 +142,7 @@ class _Weights(Renamed):
         dtype: np.dtype[Any],
         advance: Callable[[int], object],
     ) -> None:
-        super().__init__(source, family, model, dtype)
-        self._advance = advance
+        super().__init__(source, family, model, dtype, advance)
         self.arrays = {
             name.removesuffix(SHARED_ROW): Array((model.seq, *it.shape), dtype)
             if name.endswith(SHARED_ROW)
@@ -149,7 +153,6 @@ class _Weights(Renamed):
     def read(self, name: str) -> np.ndarray:
         """Make one array."""
         made = super().read(name + SHARED_ROW if name in TABLES else name)
-        self._advance(made.nbytes)
         return np.broadcast_to(made, self.arrays[name].shape)
 
 
