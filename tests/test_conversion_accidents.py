@@ -294,9 +294,25 @@ def test_only_checkpoints_are_replaced_and_never_the_one_that_is_read(tmp_path: 
         ("slim", "", "notes", "holds notes, which is no part of a checkpoint"),
         ("native", "", "notes", "holds notes, which is no part of a checkpoint"),
         ("native", "", "checkpoints/notes", "holds checkpoints/notes, which is no part of"),
+        ("native", "", "metrics.jsonl", "holds metrics.jsonl, which is no part of a checkpoint"),
+        ("native", "", "tensorboard", "holds tensorboard, which is no part of a checkpoint"),
+        ("native", "", "checkpoints/damaged_step_3", "holds checkpoints/damaged_step_3, which is"),
+        ("native", "", "checkpoints/step_1", "holds .*checkpoints/step_1 and checkpoints/step_7"),
         ("slim", "step_7", None, "holds meta.json, which is no part of a checkpoint"),
         (None, "", "model.gguf", "no checkpoint that is written here"),
         (None, "", "params_7", "no checkpoint that is written here"),
+        (
+            None,
+            "",
+            "checkpoint_250.mdl checkpoint_500.mdl params.yaml",
+            "holds more than one checkpoint, checkpoint_250.mdl and checkpoint_500.mdl",
+        ),
+        (
+            None,
+            "",
+            "params_1000 params_2000 model_config.yaml",
+            "holds more than one checkpoint, params_1000 and params_2000",
+        ),
         (None, "", "7.mdl", "no checkpoint that is written here"),
     ],
 )
@@ -309,8 +325,8 @@ def test_what_lies_beside_a_checkpoint_is_never_replaced_with_it(
         convert(small.parsed(), target / at, format)
     else:
         target.mkdir()
-    if more is not None:
-        (target / more).write_text("mine")
+    for name in (more or "").split():
+        (target / name).write_text("mine")
     before = contents(tmp_path)
     with pytest.raises(CheckpointError, match=rf"home is there already and {told}.*, so --overw"):
         convert(small.parsed(), target, "hf", overwrite=True)

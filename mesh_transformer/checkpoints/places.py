@@ -32,7 +32,7 @@ _ADVICE = dict.fromkeys(_NO_ROOM, _FULL) | dict.fromkeys(
 )
 _MARK = "mesh-transformer writes here: while this file is there, what is beside it is not whole\n"
 _MADE_OF: Mapping[Format, str] = {
-    "native": r"checkpoints(/(damaged_)?step_\d+.*)?|metrics\.jsonl|tensorboard|wandb_id\.txt"
+    "native": r"checkpoints(/step_\d+.*)?"
     r"|about|state|files\.json|_CHECKPOINT_METADATA|commit_success\.txt",
     "original": r"shard_\d+",
     "huggingface": r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
@@ -44,6 +44,12 @@ _MADE_OF: Mapping[Format, str] = {
     "cerebras": r"checkpoint_\d+\.mdl|params\.yaml",
 }
 """What lies in a folder of each format that a conversion writes, and in the published ones."""
+_ONE: Mapping[Format, str] = {
+    "native": r"checkpoints/step_\d+",
+    "zero-transformer": r"params_\d+(\.pth)?",
+    "cerebras": r"checkpoint_\d+\.mdl",
+}
+"""What is a checkpoint by itself, of which a folder can hold several: a run's."""
 _TOLD_BY: Mapping[Format, str] = {
     "zero-transformer": "model_config.yaml", "cerebras": "params.yaml",
 }  # fmt: skip
@@ -88,7 +94,11 @@ def becoming(folder: str, needed: int, *, overwrite: bool) -> Iterator[str]:
 
 
 def _check_free(folder: str, *, overwrite: bool) -> None:
-    """Refuse to replace what is there unasked, and what is no checkpoint even so."""
+    """Refuse to replace what is there unasked, and what is no single checkpoint even so.
+
+    A mistyped path must not cost its contents: a home may hold the file of a checkpoint by chance,
+    and a run holds more than was ever converted.
+    """
     if not storage.exists(folder):
         return
     if not overwrite:
@@ -103,11 +113,15 @@ def _check_free(folder: str, *, overwrite: bool) -> None:
         format = opening.find(folder).format
     except CheckpointError as error:
         raise _irreplaceable(folder, "no checkpoint") from error
-    names = storage.children(folder)
-    if format not in _MADE_OF or _TOLD_BY.get(format, names[0]) not in names:
+    names = _names(folder)
+    told = _TOLD_BY.get(format)
+    if format not in _MADE_OF or (told and told not in names):
         raise _irreplaceable(folder, "no checkpoint that is written here")
-    if others := _others(folder, _MADE_OF[format]):
+    if others := [name for name in names if not re.fullmatch(_MADE_OF[format], name)]:
         raise _irreplaceable(folder, f"holds {others[0]}, which is no part of a checkpoint")
+    several = [name for name in names if re.fullmatch(_ONE.get(format, "(?!)"), name)][:2]
+    if several[1:]:
+        raise _irreplaceable(folder, f"holds more than one checkpoint, {' and '.join(several)}")
 
 
 def _irreplaceable(folder: str, what: str) -> CheckpointError:
@@ -117,15 +131,13 @@ def _irreplaceable(folder: str, what: str) -> CheckpointError:
     )
 
 
-def _others(folder: str, made_of: str) -> list[str]:
-    """Name what lies in a folder beside what it is made of.
-
-    A mistyped path must not cost its contents: a home may hold the file of a checkpoint by chance.
-    """
+def _names(folder: str) -> list[str]:
+    """Name what lies in a folder, and in the folder of a run's checkpoints in it."""
     inside = storage.join(folder, "checkpoints")
-    deeper = [f"checkpoints/{name}" for name in storage.children(inside)]
-    names = [*storage.children(folder), *deeper]
-    return [name for name in names if not re.fullmatch(made_of, name)]
+    return [
+        *storage.children(folder),
+        *(f"checkpoints/{name}" for name in storage.children(inside)),
+    ]
 
 
 def _in_bucket(folder: str, *, overwrite: bool) -> Iterator[str]:
@@ -178,7 +190,8 @@ def _mark(folder: str, beside: str) -> None:
     marker = storage.join(beside, UNFINISHED)
     if _is_ours(marker):
         return
-    if others := _others(beside, "|".join(_MADE_OF.values())):
+    made_of = "|".join(_MADE_OF.values())
+    if others := [name for name in _names(beside) if not re.fullmatch(made_of, name)]:
         raise CheckpointError(
             f"{beside}, where all is written before it is whole, holds {others[0]}, which no "
             "conversion has left there: move it away"
