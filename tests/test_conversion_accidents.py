@@ -96,7 +96,9 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_runs_again(
             np.testing.assert_array_equal(found.read(key), wanted.read(key).astype(array.dtype))
 
 
-@pytest.mark.parametrize("stopped_at", ["rename 1", "rename 2", "mark", "removal"])
+@pytest.mark.parametrize(
+    "stopped_at", ["begin", "rename 1", "rename 2", "mark", "marking", "removal"]
+)
 def test_a_replacement_that_was_killed_at_any_time_is_ended_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: str
 ) -> None:
@@ -106,13 +108,20 @@ def test_a_replacement_that_was_killed_at_any_time_is_ended_by_the_next(
     convert(config, target, "hf")
     before = contents(target)
     mark = places._MARK
-    convert(config, tmp_path / "new", "slim")
+    half_a_mark = f".unfinished.{'0a' * 16}"  # as it is called until it is written
+    if stopped_at == "begin":
+        unfinished.mkdir()
+        (unfinished / half_a_mark).touch()
+    else:
+        convert(config, tmp_path / "new", "slim")
     if stopped_at in ("rename 1", "rename 2"):
         (tmp_path / "new").rename(unfinished)
-    if stopped_at != "rename 1":
+    if stopped_at not in ("begin", "rename 1"):
         target.rename(replaced)
-    if stopped_at in ("mark", "removal"):
+    if stopped_at in ("mark", "marking", "removal"):
         (tmp_path / "new").rename(target)
+    if stopped_at == "marking":
+        (replaced / half_a_mark).touch()
     if stopped_at == "removal":
         (replaced / "unfinished").write_text(mark)
         (replaced / "config.json").unlink()
@@ -122,7 +131,7 @@ def test_a_replacement_that_was_killed_at_any_time_is_ended_by_the_next(
                 opening.find(str(left))
     with pytest.raises(CheckpointError, match="target is there already"):
         convert(config, target, "slim")
-    if stopped_at.startswith("rename"):
+    if stopped_at.startswith(("begin", "rename")):
         assert contents(target) == before
     if stopped_at == "mark":  # nothing says whose it is: it may be the user's own
         with pytest.raises(

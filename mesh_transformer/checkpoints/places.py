@@ -14,6 +14,7 @@ import errno
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 
 from mesh_transformer import buckets, storage
@@ -31,6 +32,8 @@ _ADVICE = dict.fromkeys(_NO_ROOM, _FULL) | dict.fromkeys(
     (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST), _LOCKED
 )
 _MARK = "mesh-transformer writes here: while this file is there, what is beside it is not whole\n"
+_MARKING = re.compile(rf"\.{UNFINISHED}\.[0-9a-f]{{32}}")
+"""The marker, until it has its name: what is left where a conversion is killed that writes it."""
 _MADE_OF: Mapping[Format, str] = {
     "native": r"checkpoints(/step_\d+.*)?"
     r"|about|state|files\.json|_CHECKPOINT_METADATA|commit_success\.txt",
@@ -144,21 +147,32 @@ def _in_bucket(folder: str, *, overwrite: bool) -> Iterator[str]:
     """Give a folder of a bucket itself, with the marker in it until it is whole.
 
     The marker comes before all else and goes after all else, also when something is replaced: what
-    a conversion leaves that is stopped at any time is known by it, and replaced by the next.
+    a conversion leaves that is stopped at any time is known by it, and replaced by the next. That
+    may still be writing, for all that can be told. So the marker says which began last; whoever
+    finds another's at its end leaves its own, so that the other fails alike, and raises.
     """
     marker = storage.join(folder, UNFINISHED)
     if not _is_ours(marker):
         _check_free(folder, overwrite=overwrite)
-        storage.write_text_atomically(marker, _MARK)
+    mark = f"{_MARK}{uuid.uuid4().hex}\n"
+    storage.write_text_atomically(marker, mark)
     buckets.remove_folder(folder, but=UNFINISHED)
-    yield folder
+    try:
+        yield folder
+    finally:
+        if not _is_ours(marker, mark):
+            storage.write_text_atomically(marker, mark)
+            raise CheckpointError(
+                f"another process wrote {folder} at the same time, so that it is not whole: write "
+                "it again, by one process"
+            )
     storage.remove(marker)
 
 
-def _is_ours(marker: str) -> bool:
+def _is_ours(marker: str, mark: str = _MARK) -> bool:
     """Whether a conversion has left a marker; of another file of its name nothing is known."""
     try:
-        return storage.read_bytes(marker) == _MARK.encode()
+        return storage.read_bytes(marker).startswith(mark.encode())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return False
 
@@ -190,13 +204,14 @@ def _mark(folder: str, beside: str) -> None:
     marker = storage.join(beside, UNFINISHED)
     if _is_ours(marker):
         return
+    left = [name for name in _names(beside) if not _MARKING.fullmatch(name)]
     made_of = "|".join(_MADE_OF.values())
-    if others := [name for name in _names(beside) if not re.fullmatch(made_of, name)]:
+    if others := [name for name in left if not re.fullmatch(made_of, name)]:
         raise CheckpointError(
             f"{beside}, where all is written before it is whole, holds {others[0]}, which no "
             "conversion has left there: move it away"
         )
-    if os.listdir(beside):
+    if left:
         _take_back(folder)
     storage.write_text_atomically(marker, _MARK)
 
@@ -249,7 +264,8 @@ def _take_back(folder: str) -> None:
 def _remove_replaced(folder: str) -> None:
     """Remove what was replaced, also where a conversion was killed that had begun to."""
     replaced = f"{folder}.{REPLACED}"
-    if _is_ours(storage.join(replaced, UNFINISHED)):
+    marking = any(map(_MARKING.fullmatch, storage.children(replaced)))
+    if marking or _is_ours(storage.join(replaced, UNFINISHED)):
         _remove_but_marker(replaced)
         shutil.rmtree(replaced)
 
