@@ -147,6 +147,8 @@ def test_a_tokenizer_goes_along_from_a_bucket_to_a_bucket_and_to_a_disk(
     first = memory_source.of_model(config.model)
     folders = [f"{remote}/hf", f"{remote}/again", str(tmp_path / "here")]
     resharding.write(first, config, folders[0], Conversion(format="hf"))
+    template = f"{folders[0]}/additional_chat_templates/tools.jinja"
+    storage.write_text_atomically(template, "{{ tools }}")
     for before, after in itertools.pairwise(folders):
         opened = resharding.open_checkpoint(before, None)
         assert opened.config.data.tokenizer == before

@@ -31,7 +31,6 @@ _COPIED = (
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("chat_template.jinja", "chat_template.json"),
 )
-_TEMPLATES = "additional_chat_templates"
 
 
 def write(folder: str, tokenizer: Tokenizer, n_vocab: int, *, start_id: int | None = None) -> None:
@@ -199,7 +198,7 @@ def _copy(folder: str, tokenizer: Subwords) -> None:
     else:
         about = {"tokenizer_class": _FAST, "eos_token": tokenizer.eot_text}
         _write_json(folder, "tokenizer_config.json", about)
-    templates = sorted(file.with_name(_TEMPLATES).glob("*.jinja"))
+    templates = sorted(file.with_name(storage.TEMPLATES).glob("*.jinja"))
     for beside in (*map(file.with_name, _COPIED), *templates):
         if beside.is_file():
             target = storage.join(folder, beside.relative_to(file.parent).as_posix())
