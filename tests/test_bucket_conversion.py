@@ -234,7 +234,7 @@ def test_a_bucket_that_refuses_or_is_missing_is_told_as_such(remote: str, store:
 
 
 def test_native_is_refused_in_s3_before_anything_is_written(s3: str) -> None:
-    with pytest.raises(UserError, match=r"not in s3://: .* formats original, slim and hf"):
+    with pytest.raises(UserError, match=r"not in s3://: .* every other format is read and wr"):
         convert(made(), s3, "native")
     assert not storage.exists(s3)
 
