@@ -13,7 +13,7 @@ from mesh_transformer.checkpoints import opening, places
 from mesh_transformer.checkpoints.averaging import Mean
 from mesh_transformer.checkpoints.conversion import Conversion, convert
 from mesh_transformer.checkpoints.deepening import WithLayers
-from mesh_transformer.checkpoints.fitting import n_bytes
+from mesh_transformer.checkpoints.fitting import MADE_TO_FIT, check_function, n_bytes
 from mesh_transformer.checkpoints.native_source import NativeSource
 from mesh_transformer.checkpoints.source import Source
 from mesh_transformer.config import Config
@@ -35,7 +35,8 @@ def open_checkpoint(path: str, config: Config | None) -> Opened:
     """Open a checkpoint of any format, and say what it is.
 
     Args:
-        config: Of its model; None takes the checkpoint's own.
+        config: Of its model; None takes the checkpoint's own. Of what the checkpoint says itself
+            only its vocabulary and its number of positions may differ.
 
     Raises:
         UserError: There is no such checkpoint, or it is of another model.
@@ -44,6 +45,8 @@ def open_checkpoint(path: str, config: Config | None) -> Opened:
     model = None if config is None else config.model
     cores = None if config is None else config.checkpoint.original_cores
     source = opening.open_source(found, model, cores)
+    if model is not None:
+        check_function(source.known, model, found.folder, MADE_TO_FIT)
     _logger.info("%s: %s", found.folder, source.about)
     return Opened(found, source, config or opening.config_of(found, source))
 

@@ -26,6 +26,8 @@ from mesh_transformer.buckets import StorageError as StorageError
 from mesh_transformer.errors import InUse
 
 _SMALL = (".json", ".txt", ".model", ".jinja")  # a model's words, and how it is spoken to
+TEMPLATES = "additional_chat_templates"
+"""The folder in which a tokenizer has more than one template of chats."""
 
 
 def is_remote(path: str) -> bool:
@@ -156,6 +158,11 @@ def exists(path: str) -> bool:
     return buckets.exists(path) if is_remote(path) else os.path.exists(path)
 
 
+def is_file(path: str) -> bool:
+    """Whether there is a file at a path, and no folder; in a bucket, which may have both, alone."""
+    return exists(path) and not children(path) if is_remote(path) else os.path.isfile(path)
+
+
 def children(path: str) -> list[str]:
     """List the names of what is in a folder; nothing if there is none."""
     if is_remote(path):
@@ -180,13 +187,14 @@ def with_small_files_here(path: str) -> str:
         path: The folder, or a file in it. What there is not becomes an empty folder.
 
     Returns:
-        The copy of that; it has neither weights nor folders, and goes when this process ends.
+        The copy of that; it has no weights, of folders only that of templates of chats, and goes
+        when this process ends.
     """
-    is_file = exists(path) and not children(path)
-    folder, name = path.rsplit("/", 1) if is_file else (path, "")
+    folder, name = path.rsplit("/", 1) if is_file(path) else (path, "")
     target = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, target, ignore_errors=True)
-    for beside in children(folder):
+    templates = (f"{TEMPLATES}/{name}" for name in children(join(folder, TEMPLATES)))
+    for beside in (*children(folder), *templates):
         if beside.endswith(_SMALL) and not beside.endswith(".index.json"):
             write_bytes_atomically(join(target, beside), read_bytes(join(folder, beside)))
     return join(target, name)

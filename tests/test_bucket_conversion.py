@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from pathlib import Path
@@ -14,7 +15,7 @@ import small
 from object_stores import Gateway
 
 from mesh_transformer import resharding, storage
-from mesh_transformer.checkpoints import conversion, opening
+from mesh_transformer.checkpoints import conversion, opening, places
 from mesh_transformer.checkpoints.conversion import Conversion
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.source import PARAMS, Key, Source
@@ -122,6 +123,23 @@ def test_a_checkpoint_is_replaced_only_when_asked(folder: str, format: str) -> N
     assert storage.files(f"{folder}/it") != storage.files(f"{folder}/it2") or format == "hf"
 
 
+@pytest.mark.parametrize("ends", [(0, 1), (1, 0)])
+def test_of_two_that_write_one_folder_at_once_neither_leaves_it_whole(
+    s3: str, ends: tuple[int, ...]
+) -> None:
+    """The second has taken what the first had begun for the remains of one that was stopped."""
+    both = [places.becoming(f"{s3}/it", 0, overwrite=False) for _ in ends]
+    for i, each in enumerate(both):
+        storage.write_text_atomically(f"{each.__enter__()}/of_{i}", "")
+    for i in ends:
+        told = pytest.raises(CheckpointError, match=f"another process wrote {s3}/it at the same ti")
+        with contextlib.nullcontext() if (i, *ends) == (1, 1, 0) else told:
+            both[i].__exit__(None, None, None)
+    with pytest.raises(CheckpointError, match="it was never finished; write it again"):
+        opening.find(f"{s3}/it")
+    assert_same_weights(convert(made(), f"{s3}/it", "hf"), made())
+
+
 def test_a_tokenizer_goes_along_from_a_bucket_to_a_bucket_and_to_a_disk(
     remote: str, tmp_path: Path
 ) -> None:
@@ -129,6 +147,8 @@ def test_a_tokenizer_goes_along_from_a_bucket_to_a_bucket_and_to_a_disk(
     first = memory_source.of_model(config.model)
     folders = [f"{remote}/hf", f"{remote}/again", str(tmp_path / "here")]
     resharding.write(first, config, folders[0], Conversion(format="hf"))
+    template = f"{folders[0]}/additional_chat_templates/tools.jinja"
+    storage.write_text_atomically(template, "{{ tools }}")
     for before, after in itertools.pairwise(folders):
         opened = resharding.open_checkpoint(before, None)
         assert opened.config.data.tokenizer == before
@@ -214,7 +234,7 @@ def test_a_bucket_that_refuses_or_is_missing_is_told_as_such(remote: str, store:
 
 
 def test_native_is_refused_in_s3_before_anything_is_written(s3: str) -> None:
-    with pytest.raises(UserError, match=r"not in s3://: .* every other format"):
+    with pytest.raises(UserError, match=r"not in s3://: .* every other format is read and wr"):
         convert(made(), s3, "native")
     assert not storage.exists(s3)
 

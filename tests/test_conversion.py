@@ -273,12 +273,34 @@ def test_what_a_format_cannot_hold_is_refused(
     assert not list(tmp_path.glob("target*"))
 
 
-def test_a_checkpoint_of_another_model_names_the_keys(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_names_the_keys() -> None:
+    """And none of how it is computed, which a run may differ in."""
     config = small.parsed()
-    convert(memory_source.of_model(config.model), config, tmp_path / "hf", Conversion(format="hf"))
-    source = opening.open_source(opening.find(str(tmp_path / "hf")), None)
-    with pytest.raises(CheckpointError, match="configuration key d_ff: 128 in the checkpoint, 64"):
-        fitted(source, small.parsed(d_ff=64).model)
+    source = memory_source.of_model(config.model)
+    source.known = config.to_flat()
+    other = small.parsed(d_ff=64, compute_dtype="bfloat16", remat="none")
+    with pytest.raises(CheckpointError) as told:
+        fitted(source, other.model)
+    listed = [line for line in str(told.value).splitlines() if "configuration key" in line]
+    assert listed == ["  - configuration key d_ff: 128 in the checkpoint, 64 here"]
+
+
+@pytest.mark.parametrize("format", ["native", "hf"])
+def test_weights_are_not_taken_for_those_of_another_function(tmp_path: Path, format: Any) -> None:
+    """Of shapes that fit, as a wrong --config has; lengths and what is made to fit may differ."""
+    config, folder = small.parsed(), str(tmp_path / "it")
+    convert(memory_source.of_model(config.model), config, folder, Conversion(format=format))
+    other = {"pe_theta": 500000.0, "activation": "silu"}
+    with pytest.raises(CheckpointError) as told:
+        resharding.open_checkpoint(folder, small.parsed(**other))
+    heading, *listed = str(told.value).splitlines()
+    assert heading.endswith(" is of another model; mend the configuration, or read another:")
+    assert listed == [
+        "  - pe_theta is 10000.0 there, 500000.0 in the configuration",
+        f"  - activation is {config.model.activation!r} there, 'silu' in the configuration",
+    ]
+    like = small.parsed(n_vocab=72, n_tokens=64, seq=8, remat="none")
+    assert resharding.open_checkpoint(folder, like).config is like
 
 
 def test_a_run_of_the_original_is_found_by_its_folder(tmp_path: Path, step: str) -> None:

@@ -99,7 +99,9 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_runs_again(
             np.testing.assert_array_equal(found.read(key), wanted.read(key).astype(array.dtype))
 
 
-@pytest.mark.parametrize("stopped_at", ["rename 1", "rename 2", "mark", "removal"])
+@pytest.mark.parametrize(
+    "stopped_at", ["begin", "rename 1", "rename 2", "mark", "marking", "removal"]
+)
 def test_a_replacement_that_was_killed_at_any_time_is_ended_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: str
 ) -> None:
@@ -109,13 +111,20 @@ def test_a_replacement_that_was_killed_at_any_time_is_ended_by_the_next(
     convert(config, target, "hf")
     before = contents(target)
     mark = places._MARK
-    convert(config, tmp_path / "new", "slim")
+    half_a_mark = f".unfinished.{'0a' * 16}"  # as it is called until it is written
+    if stopped_at == "begin":
+        unfinished.mkdir()
+        (unfinished / half_a_mark).touch()
+    else:
+        convert(config, tmp_path / "new", "slim")
     if stopped_at in ("rename 1", "rename 2"):
         (tmp_path / "new").rename(unfinished)
-    if stopped_at != "rename 1":
+    if stopped_at not in ("begin", "rename 1"):
         target.rename(replaced)
-    if stopped_at in ("mark", "removal"):
+    if stopped_at in ("mark", "marking", "removal"):
         (tmp_path / "new").rename(target)
+    if stopped_at == "marking":
+        (replaced / half_a_mark).touch()
     if stopped_at == "removal":
         (replaced / "unfinished").write_text(mark)
         (replaced / "config.json").unlink()
@@ -125,7 +134,7 @@ def test_a_replacement_that_was_killed_at_any_time_is_ended_by_the_next(
                 opening.find(str(left))
     with pytest.raises(CheckpointError, match="target is there already"):
         convert(config, target, "slim")
-    if stopped_at.startswith("rename"):
+    if stopped_at.startswith(("begin", "rename")):
         assert contents(target) == before
     if stopped_at == "mark":  # nothing says whose it is: it may be the user's own
         with pytest.raises(
@@ -297,9 +306,25 @@ def test_only_checkpoints_are_replaced_and_never_the_one_that_is_read(tmp_path: 
         ("slim", "", "notes", "holds notes, which is no part of a checkpoint"),
         ("native", "", "notes", "holds notes, which is no part of a checkpoint"),
         ("native", "", "checkpoints/notes", "holds checkpoints/notes, which is no part of"),
+        ("native", "", "metrics.jsonl", "holds metrics.jsonl, which is no part of a checkpoint"),
+        ("native", "", "tensorboard", "holds tensorboard, which is no part of a checkpoint"),
+        ("native", "", "checkpoints/damaged_step_3", "holds checkpoints/damaged_step_3, which is"),
+        ("native", "", "checkpoints/step_1", "holds .*checkpoints/step_1 and checkpoints/step_7"),
         ("slim", "step_7", None, "holds meta.json, which is no part of a checkpoint"),
         (None, "", "model.gguf", "no checkpoint that is written here"),
         (None, "", "params_7", "no checkpoint that is written here"),
+        (
+            None,
+            "",
+            "checkpoint_250.mdl checkpoint_500.mdl params.yaml",
+            "holds more than one checkpoint, checkpoint_250.mdl and checkpoint_500.mdl",
+        ),
+        (
+            None,
+            "",
+            "params_1000 params_2000 model_config.yaml",
+            "holds more than one checkpoint, params_1000 and params_2000",
+        ),
         (None, "", "7.mdl", "no checkpoint that is written here"),
     ],
 )
@@ -312,8 +337,8 @@ def test_what_lies_beside_a_checkpoint_is_never_replaced_with_it(
         convert(small.parsed(), target / at, format)
     else:
         target.mkdir()
-    if more is not None:
-        (target / more).write_text("mine")
+    for name in (more or "").split():
+        (target / name).write_text("mine")
     before = contents(tmp_path)
     with pytest.raises(CheckpointError, match=rf"home is there already and {told}.*, so --overw"):
         convert(small.parsed(), target, "hf", overwrite=True)

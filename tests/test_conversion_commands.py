@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ import to_hf_weights
 from mesh_transformer import config
 from mesh_transformer.checkpoints import conversion, opening
 from mesh_transformer.checkpoints.conversion import Conversion
+from mesh_transformer.checkpoints.foreign import FOREIGN
 from mesh_transformer.checkpoints.native import Checkpoints
 from mesh_transformer.checkpoints.source import PARAMS, Source
 from mesh_transformer.pod.worker import Worker
@@ -200,6 +203,15 @@ def test_to_hf_weights_takes_the_flags_of_the_original(
         assert_same(opened(target), opened(run.root), dtype)
     refused = command(to_hf_weights, *names, "--dtype", "fp8")
     assert refused.status == 2 and "invalid choice: 'fp8'" in refused.told
+
+
+def test_the_command_offers_the_formats_that_there_are(command: Command) -> None:
+    """It has a list of its own, since the library takes seconds to load."""
+    ended = command(resharding_example, "--input", "x", "--format", "absent")
+    offered = re.findall(r"[\w-]+", ended.told.rpartition("choose from")[2])
+    formats = typing.get_args(conversion.Format)
+    assert ended.status == 2 and tuple(offered) == formats
+    assert set(formats) == {"native", "original", "slim", "hf", *FOREIGN}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 import small
 
 from mesh_transformer.checkpoints import families, original
+from mesh_transformer.checkpoints.fitting import check_function
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.native import Checkpoints
 from mesh_transformer.model.decoder import make_model
@@ -152,7 +153,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None:
 
 def test_weights_of_other_logits_are_refused() -> None:
     with pytest.raises(CheckpointError) as caught:
-        small.worker(**BASE)._check_model({"output_scale": 1.0}, "step_1")
+        check_function({"output_scale": 1.0}, small.parsed(**BASE).model, "step_1")
     assert "output_scale is 1.0 there, 2.5 in the configuration" in str(caught.value)
 
 

@@ -106,7 +106,7 @@ def test_a_missing_bucket_is_told_and_not_made(gs: str) -> None:
 def test_native_checkpoints_in_s3_are_refused_with_what_else_there_is(
     s3: str, tmp_path: pathlib.Path
 ) -> None:
-    told = "kept on local disks and in gs://, not in s3://: .* every other format"
+    told = "kept on local disks and in gs://, not in s3://: .* every other format is "
     for call in (Checkpoints, lambda root: native_writer.write(root, None, extra={})):  # type: ignore[arg-type]
         with pytest.raises(UserError, match=told):
             call(s3)

@@ -90,6 +90,29 @@ def test_a_run_is_tuned_from_what_another_program_wrote(name: str, tmp_path: Pat
         np.testing.assert_array_equal(np.asarray(params[path][layer]), expected)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["checkpoint_10", "params_10", "a.msgpack", "a.pth", "1.mdl", "a.gguf", "params.msgpack"],
+)
+def test_a_folder_is_not_taken_for_a_file_by_its_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    for path in (tmp_path / name, tmp_path):
+        with pytest.raises(
+            CheckpointError, match=f"{path} holds no complete checkpoint; needed is"
+        ):
+            opening.find(str(path))
+
+
+@pytest.mark.parametrize(
+    ("file", "folder"), [("params_7", "params_10"), ("checkpoint_7.mdl", "checkpoint_10.mdl")]
+)
+def test_the_newest_file_is_taken_and_no_folder(file: str, folder: str, tmp_path: Path) -> None:
+    (tmp_path / file).touch()
+    (tmp_path / folder).mkdir()
+    assert opening.find(str(tmp_path)).folder == str(tmp_path / file)
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_commands_convert_verify_and_sample_it(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

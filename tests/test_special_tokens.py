@@ -230,6 +230,8 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
         (7, {"top_k": 3, "eos_token_id": [EOS, 9], "pad_token_id": 8}, (BOS, [EOS, 9], 8)),
         (EOS, {"_from_model_config": True, "bos_token_id": 5}, (5, EOS, None)),
         (EOS, {"pad_token_id": 4000, "eos_token_id": None}, (BOS, EOS, None)),
+        ([EOS, 4000], None, (BOS, [EOS], None)),
+        (4000, {"bos_token_id": 4000, "eos_token_id": [4000]}, (BOS, EOS, None)),
     ],
 )
 def test_a_folder_s_ids_and_how_it_generates_survive_there_and_back(

@@ -68,8 +68,10 @@ def test_files_and_folders_exist_once_written(root: str) -> None:
     assert not storage.exists(path)
     assert not storage.exists(root)
     storage.write_bytes_atomically(path, b"")
-    assert storage.exists(path)
+    assert storage.exists(path) and storage.is_file(path)
     assert storage.exists(storage.join(root, "step_10"))
+    assert not storage.is_file(storage.join(root, "step_10"))
+    assert not storage.is_file(storage.join(root, "step_1"))
     assert not storage.exists(storage.join(root, "step_1"))
 
 

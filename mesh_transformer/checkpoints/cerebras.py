@@ -40,9 +40,11 @@ _HDF5 = b"\x89HDF"
 def find(path: str) -> str | None:
     """Name the file that a path means: itself, or a folder's newest; None if there is none."""
     if path.endswith(".mdl"):
-        return path if storage.exists(path) else None
-    files = [name for name in storage.children(path) if name.endswith(".mdl")]
-    return storage.join(path, max(files, key=lambda name: (_step(name), name))) if files else None
+        return path if storage.is_file(path) else None
+    names = [name for name in storage.children(path) if name.endswith(".mdl")]
+    newest_first = sorted(names, key=lambda name: (_step(name), name), reverse=True)
+    files = (storage.join(path, name) for name in newest_first)
+    return next(filter(storage.is_file, files), None)
 
 
 class Cerebras(NamedSource):

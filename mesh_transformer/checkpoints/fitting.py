@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,10 @@ from mesh_transformer.checkpoints.source import MU, NU, PARAMS, TABLE, Array, Co
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.decoder import make_model
 from mesh_transformer.model.layers import PADDING_BIAS
+from mesh_transformer.network_rules import FREE, LENGTHS
+
+MADE_TO_FIT = frozenset({"n_vocab", "pe_offset"})
+"""Keys in which `fitted` makes up for a difference, or says why it cannot."""
 
 _POSITIONS = "decoder/positions/embeddings"
 _VOCAB_AXIS = {TABLE.path: 0, "decoder/unembed/w": 1, "decoder/unembed/b": 0}
@@ -52,6 +56,45 @@ def cast(array: np.ndarray, dtype: np.dtype[Any], what: str) -> np.ndarray:
     return result
 
 
+def check_function(
+    known: Mapping[str, Any], model: ModelConfig, where: str, made_to_fit: Collection[str] = ()
+) -> None:
+    """Refuse weights of another function: of other shapes, or of the same by chance.
+
+    Args:
+        known: What a checkpoint says of its model; of keys that are absent, nothing.
+        where: The checkpoint, for the message.
+        made_to_fit: Keys that may differ.
+
+    Raises:
+        CheckpointError: Every key in which it is of another model is listed.
+    """
+    problems = [
+        f"{key} is {known[key]!r} there, {value!r} in the configuration"
+        for key, value in _unlike(known, model).items()
+        if key not in made_to_fit
+    ]
+    if problems:
+        heading = f"{where} is of another model; mend the configuration, or read another:"
+        raise CheckpointError("\n  - ".join([heading, *problems]))
+
+
+def _unlike(known: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """Return the model's values of keys by which what is known would be another function."""
+    return {
+        key: value
+        for key, value in dataclasses.asdict(model).items()
+        if key in known and key not in FREE | LENGTHS and not _same(known[key], value)
+    }
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether values are equal: numbers as float32, in which some formats keep them."""
+    if isinstance(one, float) and isinstance(other, float):
+        return bool(np.float32(one) == np.float32(other))
+    return bool(one == other)
+
+
 def fitted(source: Source, model: ModelConfig) -> Source:
     """Return a source as the model needs it: checked, its vocabulary padded if need be.
 
@@ -82,11 +125,9 @@ def fitted(source: Source, model: ModelConfig) -> Source:
         if held.get(key) != needed.get(key)
     ]
     if problems:
-        ours = dataclasses.asdict(model)
         keys = [
-            f"configuration key {key}: {value!r} in the checkpoint, {ours[key]!r} here"
-            for key, value in source.known.items()
-            if key in ours and ours[key] != value
+            f"configuration key {key}: {source.known[key]!r} in the checkpoint, {value!r} here"
+            for key, value in _unlike(source.known, model).items()
         ]
         heading = f"{source.where} does not fit the configuration:"
         raise CheckpointError("\n  - ".join([heading, *first_of(problems), *keys]))

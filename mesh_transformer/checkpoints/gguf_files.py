@@ -8,7 +8,6 @@ features, and files have them in that order; the other architectures have them i
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -208,12 +207,13 @@ def find(path: str) -> str | None:
     Raises:
         CheckpointError: A folder has several.
     """
-    inside = [name for name in storage.children(path) if name.endswith(".gguf")]
+    named = [name for name in storage.children(path) if name.endswith(".gguf")]
+    inside = [name for name in named if storage.is_file(storage.join(path, name))]
     if len(inside) > 1:
         raise CheckpointError(f"{path} holds {', '.join(inside)}: name the one to read")
     if inside:
         return storage.join(path, inside[0])
-    if storage.children(path) or os.path.isdir(path) or not storage.exists(path):
+    if not storage.is_file(path):
         return None
     begin = bytearray(len(_MAGIC))
     n_read = storage.read_into(path, 0, memoryview(begin))

@@ -95,12 +95,12 @@ FAMILIES: tuple[Family, ...] = (
 def find(path: str) -> str | None:
     """Name the file that a path means: a folder's, or the file itself; None if there is none."""
     folder, _, name = path.rpartition("/")
-    if name in FILES and storage.exists(path):
+    if name in FILES and storage.is_file(path):
         return path if storage.exists(storage.join(folder or ".", CONFIG)) else None
     files = [storage.join(path, name) for name in FILES]
     if not storage.exists(storage.join(path, CONFIG)):
         return None
-    return next((file for file in files if storage.exists(file)), None)
+    return next((file for file in files if storage.is_file(file)), None)
 
 
 class JaxSeq(NamedSource):

@@ -14,6 +14,7 @@ import errno
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 
 from mesh_transformer import buckets, storage
@@ -31,8 +32,10 @@ _ADVICE = dict.fromkeys(_NO_ROOM, _FULL) | dict.fromkeys(
     (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST), _LOCKED
 )
 _MARK = "mesh-transformer writes here: while this file is there, what is beside it is not whole\n"
+_MARKING = re.compile(rf"\.{UNFINISHED}\.[0-9a-f]{{32}}")
+"""The marker, until it has its name: what is left where a conversion is killed that writes it."""
 _MADE_OF: Mapping[Format, str] = {
-    "native": r"checkpoints(/(damaged_)?step_\d+.*)?|metrics\.jsonl|tensorboard|wandb_id\.txt"
+    "native": r"checkpoints(/step_\d+.*)?"
     r"|about|state|files\.json|_CHECKPOINT_METADATA|commit_success\.txt",
     "original": r"shard_\d+",
     "huggingface": r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
@@ -44,6 +47,12 @@ _MADE_OF: Mapping[Format, str] = {
     "cerebras": r"checkpoint_\d+\.mdl|params\.yaml",
 }
 """What lies in a folder of each format that a conversion writes, and in the published ones."""
+_ONE: Mapping[Format, str] = {
+    "native": r"checkpoints/step_\d+",
+    "zero-transformer": r"params_\d+(\.pth)?",
+    "cerebras": r"checkpoint_\d+\.mdl",
+}
+"""What is a checkpoint by itself, of which a folder can hold several: a run's."""
 _TOLD_BY: Mapping[Format, str] = {
     "zero-transformer": "model_config.yaml", "cerebras": "params.yaml",
 }  # fmt: skip
@@ -88,7 +97,11 @@ def becoming(folder: str, needed: int, *, overwrite: bool) -> Iterator[str]:
 
 
 def _check_free(folder: str, *, overwrite: bool) -> None:
-    """Refuse to replace what is there unasked, and what is no checkpoint even so."""
+    """Refuse to replace what is there unasked, and what is no single checkpoint even so.
+
+    A mistyped path must not cost its contents: a home may hold the file of a checkpoint by chance,
+    and a run holds more than was ever converted.
+    """
     if not storage.exists(folder):
         return
     if not overwrite:
@@ -103,11 +116,15 @@ def _check_free(folder: str, *, overwrite: bool) -> None:
         format = opening.find(folder).format
     except CheckpointError as error:
         raise _irreplaceable(folder, "no checkpoint") from error
-    names = storage.children(folder)
-    if format not in _MADE_OF or _TOLD_BY.get(format, names[0]) not in names:
+    names = _names(folder)
+    told = _TOLD_BY.get(format)
+    if format not in _MADE_OF or (told and told not in names):
         raise _irreplaceable(folder, "no checkpoint that is written here")
-    if others := _others(folder, _MADE_OF[format]):
+    if others := [name for name in names if not re.fullmatch(_MADE_OF[format], name)]:
         raise _irreplaceable(folder, f"holds {others[0]}, which is no part of a checkpoint")
+    several = [name for name in names if re.fullmatch(_ONE.get(format, "(?!)"), name)][:2]
+    if several[1:]:
+        raise _irreplaceable(folder, f"holds more than one checkpoint, {' and '.join(several)}")
 
 
 def _irreplaceable(folder: str, what: str) -> CheckpointError:
@@ -117,36 +134,45 @@ def _irreplaceable(folder: str, what: str) -> CheckpointError:
     )
 
 
-def _others(folder: str, made_of: str) -> list[str]:
-    """Name what lies in a folder beside what it is made of.
-
-    A mistyped path must not cost its contents: a home may hold the file of a checkpoint by chance.
-    """
+def _names(folder: str) -> list[str]:
+    """Name what lies in a folder, and in the folder of a run's checkpoints in it."""
     inside = storage.join(folder, "checkpoints")
-    deeper = [f"checkpoints/{name}" for name in storage.children(inside)]
-    names = [*storage.children(folder), *deeper]
-    return [name for name in names if not re.fullmatch(made_of, name)]
+    return [
+        *storage.children(folder),
+        *(f"checkpoints/{name}" for name in storage.children(inside)),
+    ]
 
 
 def _in_bucket(folder: str, *, overwrite: bool) -> Iterator[str]:
     """Give a folder of a bucket itself, with the marker in it until it is whole.
 
     The marker comes before all else and goes after all else, also when something is replaced: what
-    a conversion leaves that is stopped at any time is known by it, and replaced by the next.
+    a conversion leaves that is stopped at any time is known by it, and replaced by the next. That
+    may still be writing, for all that can be told. So the marker says which began last; whoever
+    finds another's at its end leaves its own, so that the other fails alike, and raises.
     """
     marker = storage.join(folder, UNFINISHED)
     if not _is_ours(marker):
         _check_free(folder, overwrite=overwrite)
-        storage.write_text_atomically(marker, _MARK)
+    mark = f"{_MARK}{uuid.uuid4().hex}\n"
+    storage.write_text_atomically(marker, mark)
     buckets.remove_folder(folder, but=UNFINISHED)
-    yield folder
+    try:
+        yield folder
+    finally:
+        if not _is_ours(marker, mark):
+            storage.write_text_atomically(marker, mark)
+            raise CheckpointError(
+                f"another process wrote {folder} at the same time, so that it is not whole: write "
+                "it again, by one process"
+            )
     storage.remove(marker)
 
 
-def _is_ours(marker: str) -> bool:
+def _is_ours(marker: str, mark: str = _MARK) -> bool:
     """Whether a conversion has left a marker; of another file of its name nothing is known."""
     try:
-        return storage.read_bytes(marker) == _MARK.encode()
+        return storage.read_bytes(marker).startswith(mark.encode())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return False
 
@@ -178,12 +204,14 @@ def _mark(folder: str, beside: str) -> None:
     marker = storage.join(beside, UNFINISHED)
     if _is_ours(marker):
         return
-    if others := _others(beside, "|".join(_MADE_OF.values())):
+    left = [name for name in _names(beside) if not _MARKING.fullmatch(name)]
+    made_of = "|".join(_MADE_OF.values())
+    if others := [name for name in left if not re.fullmatch(made_of, name)]:
         raise CheckpointError(
             f"{beside}, where all is written before it is whole, holds {others[0]}, which no "
             "conversion has left there: move it away"
         )
-    if os.listdir(beside):
+    if left:
         _take_back(folder)
     storage.write_text_atomically(marker, _MARK)
 
@@ -236,7 +264,8 @@ def _take_back(folder: str) -> None:
 def _remove_replaced(folder: str) -> None:
     """Remove what was replaced, also where a conversion was killed that had begun to."""
     replaced = f"{folder}.{REPLACED}"
-    if _is_ours(storage.join(replaced, UNFINISHED)):
+    marking = any(map(_MARKING.fullmatch, storage.children(replaced)))
+    if marking or _is_ours(storage.join(replaced, UNFINISHED)):
         _remove_but_marker(replaced)
         shutil.rmtree(replaced)
 

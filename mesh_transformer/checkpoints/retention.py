@@ -18,8 +18,8 @@ def check_kept(path: str) -> None:
     if path.startswith("s3://"):
         raise UserError(
             f"{path}: native checkpoints are kept on local disks and in gs://, not in s3://: set "
-            "model_dir, or --output, to one of these, and copy there what lies in s3://; in s3:// "
-            "is read and written every other format"
+            "model_dir, or --output, to one of these, and copy there what lies in s3://; every "
+            "other format is read and written in s3:// too"
         )
 
 

@@ -166,15 +166,15 @@ class _Row(NamedTuple):
 def find(path: str) -> str | None:
     """Name the file that a path means: the newest of a folder's; None if it is none of these."""
     name = path.rpartition("/")[2]
-    if name.endswith(".pth") or _STEP.fullmatch(name):
-        return path if storage.exists(path) and not storage.children(path) else None
-    if name.endswith(".msgpack"):
-        return path if storage.exists(path) else None
+    if name.endswith((".pth", ".msgpack")) or _STEP.fullmatch(name):
+        return path if storage.is_file(path) else None
     for folder in (path, storage.join(path, "params")):
         steps = {it: int(match[1]) for it in storage.children(folder)
                  if (match := _STEP.fullmatch(it.removesuffix(".pth")))}  # fmt: skip
-        if steps:
-            return storage.join(folder, max(steps, key=lambda it: steps[it]))
+        newest_first = sorted(steps, key=lambda it: steps[it], reverse=True)
+        files = (storage.join(folder, it) for it in newest_first)
+        if (file := next(filter(storage.is_file, files), None)) is not None:
+            return file
     return None
 
 

@@ -31,7 +31,6 @@ _COPIED = (
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("chat_template.jinja", "chat_template.json"),
 )
-_TEMPLATES = "additional_chat_templates"
 
 
 def write(folder: str, tokenizer: Tokenizer, n_vocab: int, *, start_id: int | None = None) -> None:
@@ -72,8 +71,9 @@ def special_ids(
 ) -> dict[str, Any]:
     """Say which tokens begin, end and pad texts, for config.json and generation_config.json alike.
 
-    These files of a model, beside its tokenizer's, say it first; else the tokenizer does. Padding
-    is named only where a model has some of its own: PyTorch learns nothing of a token that pads.
+    These files of a model, beside its tokenizer's, say it first; else, or where the vocabulary has
+    none of what they say, the tokenizer does. Padding is named only where a model has some of its
+    own: PyTorch learns nothing of a token that pads.
 
     Args:
         n_vocab, start_id: As for `write`.
@@ -90,15 +90,20 @@ def special_ids(
         ids[_BOS] = borders.first_id(tokenizer)
     for name in (_MODEL, _GENERATION):
         said = _beside(tokenizer, name)
-        ids |= {key: said[key] for key in _IDS if said.get(key) is not None}
+        ids |= _held({key: said.get(key) for key in _IDS}, n_vocab)
     if start_id is not None:
         ids[_PAD] = start_id
-    return {key: found for key, found in ids.items() if _is_known(found, n_vocab)}
+    return _held(ids, n_vocab)
 
 
-def _is_known(ids: Any, n_vocab: int) -> bool:
-    listed = ids if isinstance(ids, list) else [ids]
-    return all(type(it) is int and 0 <= it < n_vocab for it in listed)
+def _held(ids: Mapping[str, Any], n_vocab: int) -> dict[str, Any]:
+    """Return the ids that the vocabulary has, of a list those of it, under keys that have any."""
+    held: dict[str, Any] = {}
+    for key, said in ids.items():
+        listed = said if isinstance(said, list) else [said]
+        if kept := [it for it in listed if type(it) is int and 0 <= it < n_vocab]:
+            held[key] = kept if isinstance(said, list) else kept[0]
+    return held
 
 
 def _beside(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
@@ -193,7 +198,7 @@ def _copy(folder: str, tokenizer: Subwords) -> None:
     else:
         about = {"tokenizer_class": _FAST, "eos_token": tokenizer.eot_text}
         _write_json(folder, "tokenizer_config.json", about)
-    templates = sorted(file.with_name(_TEMPLATES).glob("*.jinja"))
+    templates = sorted(file.with_name(storage.TEMPLATES).glob("*.jinja"))
     for beside in (*map(file.with_name, _COPIED), *templates):
         if beside.is_file():
             target = storage.join(folder, beside.relative_to(file.parent).as_posix())

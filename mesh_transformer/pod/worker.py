@@ -5,9 +5,8 @@ It implements the session protocol, so whatever drives a session can drive it, h
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,12 +16,11 @@ from jax.sharding import NamedSharding
 
 from mesh_transformer import __version__, progress
 from mesh_transformer.checkpoints import native, opening, placing
-from mesh_transformer.checkpoints.fitting import fitted
+from mesh_transformer.checkpoints.fitting import MADE_TO_FIT, check_function, fitted
 from mesh_transformer.checkpoints.native_source import NativeSource
 from mesh_transformer.checkpoints.source import MU, NU, PARAMS, Source
 from mesh_transformer.config import Config, recorded
 from mesh_transformer.model.sampling import Choice
-from mesh_transformer.network_rules import FREE, LENGTHS
 from mesh_transformer.pod import checks
 from mesh_transformer.pod import prompts as prompting
 from mesh_transformer.session import Evaluation, Generation, Metrics, Position, Restored, Sampling
@@ -203,7 +201,8 @@ class Worker:
     def _restore(self, step: int) -> Restored:
         checkpoints = self._own_checkpoints()
         before = recorded(checkpoints.read_extra(step)["config"])
-        self._check_model(before, f"the checkpoint of step {step} in {self.config.checkpoint.root}")
+        where = f"the checkpoint of step {step} in {self.config.checkpoint.root}"
+        check_function(before, self.config.model, where)
         self._state = self._copies = None  # the devices may not hold two states at once
         self.state, extra = checkpoints.restore(
             step, self.steps.state, config=self.config.to_flat()
@@ -280,8 +279,8 @@ class Worker:
         source = opening.open_source(
             found, self.config.model, self.config.checkpoint.original_cores
         )
-        padded = set() if found.format == "native" else {"n_vocab"}  # made to fit on the way
-        self._check_model(source.known, found.folder, padded)
+        made_to_fit = () if found.format == "native" else MADE_TO_FIT
+        check_function(source.known, self.config.model, found.folder, made_to_fit)
         return fitted(source, self.config.model)
 
     def _read_params(self, found: opening.Found, source: Source) -> Any:
@@ -310,25 +309,6 @@ class Worker:
                 "restore; load_weights reads the weights of any run"
             )
         return self._checkpoints
-
-    def _check_model(
-        self, stored: Mapping[str, Any], where: str, padded: Collection[str] = ()
-    ) -> None:
-        """Refuse weights of another function: of other shapes, or of the same by chance.
-
-        Args:
-            stored: What the checkpoint says of its model; of keys that are absent, nothing.
-            padded: Keys in which it is made to fit.
-        """
-        free = FREE | LENGTHS | set(padded)
-        problems = [
-            f"{key} is {stored[key]!r} there, {value!r} in the configuration"
-            for key, value in dataclasses.asdict(self.config.model).items()
-            if key in stored and key not in free and not _same(stored[key], value)
-        ]
-        if problems:
-            heading = f"{where} is of another model; mend the configuration, or read another:"
-            raise native.CheckpointError("\n  - ".join([heading, *problems]))
 
     def _tell_changes(self, before: Mapping[str, Any]) -> None:
         """Log what has changed in the configuration since a checkpoint was saved."""
@@ -368,10 +348,3 @@ class Worker:
 
 def _told(value: Any) -> str:
     return "left out" if value is None else repr(value)
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether values are equal: numbers as float32, in which some formats keep them."""
-    if isinstance(one, float) and isinstance(other, float):
-        return bool(np.float32(one) == np.float32(other))
-    return bool(one == other)
