@@ -131,10 +131,14 @@ def recorded(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Return what keys meant that a run has recorded, perhaps by a release that had fewer.
 
     Keys that are absent have their defaults, or what follows from the others; what is there stays,
-    sound or not. As `to_flat`, it leaves out what has no value.
+    sound or not, but for T5's keys where they were without effect. As `to_flat`, it leaves out what
+    has no value.
     """
     values, _ = _completed(flat)
-    return {key: _plain(value) for key, value in values.items()} | dict(flat)
+    keys = {key: _plain(value) for key, value in values.items()} | dict(flat)
+    if keys["pe"] != "t5":
+        keys |= {key: KEYS[key].default for key in ("pe_buckets", "pe_max_distance")}
+    return keys
 
 
 def _completed(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

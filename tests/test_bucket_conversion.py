@@ -15,6 +15,7 @@ import small
 from object_stores import Gateway
 
 from mesh_transformer import resharding, storage
+from mesh_transformer.buckets import StorageError
 from mesh_transformer.checkpoints import conversion, opening, places
 from mesh_transformer.checkpoints.conversion import Conversion
 from mesh_transformer.checkpoints.layout import CheckpointError
@@ -138,6 +139,17 @@ def test_of_two_that_write_one_folder_at_once_neither_leaves_it_whole(
     with pytest.raises(CheckpointError, match="it was never finished; write it again"):
         opening.find(f"{s3}/it")
     assert_same_weights(convert(made(), f"{s3}/it", "hf"), made())
+
+
+def test_what_fails_is_told_although_the_marker_cannot_be_read_then(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> bool:
+        raise StorageError("the network is gone")
+
+    with pytest.raises(ValueError, match="first"), places.becoming(f"{s3}/it", 0, overwrite=False):
+        monkeypatch.setattr(storage, "read_bytes", gone)
+        raise ValueError("first")
 
 
 def test_a_tokenizer_goes_along_from_a_bucket_to_a_bucket_and_to_a_disk(

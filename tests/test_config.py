@@ -298,6 +298,7 @@ def test_what_a_run_recorded_has_defaults_for_keys_that_it_had_none_of() -> None
     assert configuration.recorded(whole) == whole
     strange = {"gone": 1, "lr": -1.0}  # kept, though no configuration of today's
     assert configuration.recorded(MINIMAL | strange) == whole | strange
+    assert configuration.recorded(MINIMAL | {"pe_buckets": 64}) == whole  # without effect: no "t5"
 
 
 def test_of_unsound_keys_no_more_is_said_than_that() -> None:

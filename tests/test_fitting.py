@@ -17,7 +17,7 @@ from memory_source import MemorySource
 
 from mesh_transformer.checkpoints import huggingface, opening
 from mesh_transformer.checkpoints.conversion import Conversion, convert
-from mesh_transformer.checkpoints.fitting import WithPositions, fitted
+from mesh_transformer.checkpoints.fitting import WithPositions, check_function, fitted
 from mesh_transformer.checkpoints.layout import CheckpointError, by_path
 from mesh_transformer.checkpoints.source import MU, PARAMS, Key
 from mesh_transformer.config import Config, ModelConfig
@@ -140,3 +140,11 @@ def test_logits_of_a_renamed_model_are_of_the_size_that_tests_count_on() -> None
     assert len(held) == 28
     found = source_logits.logits(source, ModelConfig(**source.known), small.tokens(1, 16))
     assert 1 < np.abs(found).max() < 30
+
+
+def test_windows_that_reach_back_to_the_first_token_are_none() -> None:
+    of_32 = small.parsed(window=0, seq=32).model
+    check_function({"window": 64, "window_every": 2}, of_32, "step_1")
+    for windows in ({"window": 16}, {"window": 31, "window_every": 2}):
+        with pytest.raises(CheckpointError, match=f"window is {windows['window']} there, 0 in the"):
+            check_function(windows, of_32, "step_1")

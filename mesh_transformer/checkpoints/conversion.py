@@ -168,7 +168,7 @@ def _changed(source: Source, config: Config, what: Conversion) -> tuple[Source, 
         config = _with_vocabulary(config, what.n_vocab)
         source = WithVocabulary(source, what.n_vocab)
     if what.format in _SHARDED and config.model.pe_offset:
-        source = without_offset(source, config.model.pe_offset)
+        source = without_offset(source, source.known.get("pe_offset", config.model.pe_offset))
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, pe_offset=0))
     return source, config
 

@@ -81,10 +81,13 @@ def check_function(
 
 def _unlike(known: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
     """Return the model's values of keys by which what is known would be another function."""
+    free = FREE | LENGTHS
+    if not any(0 < window < model.seq for window in (model.window, known.get("window", 0))):
+        free |= {"window", "window_every"}  # all tokens before are seen, in every layer
     return {
         key: value
         for key, value in dataclasses.asdict(model).items()
-        if key in known and key not in FREE | LENGTHS and not _same(known[key], value)
+        if key in known and key not in free and not _same(known[key], value)
     }
 
 

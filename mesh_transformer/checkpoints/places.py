@@ -159,14 +159,24 @@ def _in_bucket(folder: str, *, overwrite: bool) -> Iterator[str]:
     buckets.remove_folder(folder, but=UNFINISHED)
     try:
         yield folder
-    finally:
-        if not _is_ours(marker, mark):
-            storage.write_text_atomically(marker, mark)
-            raise CheckpointError(
-                f"another process wrote {folder} at the same time, so that it is not whole: write "
-                "it again, by one process"
-            )
+    except BaseException:
+        with contextlib.suppress(buckets.StorageError):  # which would hide the first
+            _leave_unfinished(marker, mark)
+        raise
+    if _leave_unfinished(marker, mark):
+        raise CheckpointError(
+            f"another process wrote {folder} at the same time, so that it is not whole: write it "
+            "again, by one process"
+        )
     storage.remove(marker)
+
+
+def _leave_unfinished(marker: str, mark: str) -> bool:
+    """Say whether a marker is another's, or gone; then write one's own, so that the other fails."""
+    if _is_ours(marker, mark):
+        return False
+    storage.write_text_atomically(marker, mark)
+    return True
 
 
 def _is_ours(marker: str, mark: str = _MARK) -> bool:

@@ -115,7 +115,8 @@ def ahead(
 ) -> Generator[tuple[Wanted, np.ndarray], None, None]:
     """Read arrays in order, each while the one before it is used.
 
-    There is memory for two of them in use, if who is given one lets go of it before the next.
+    The one that is given and what reading the next one needs are in memory at once, if who is given
+    one lets go of it before asking for the next.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
         before: tuple[Wanted, concurrent.futures.Future[np.ndarray]] | None = None
