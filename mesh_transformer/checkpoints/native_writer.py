@@ -13,7 +13,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -123,15 +123,21 @@ class _Parts:
     def part_bytes(self) -> int:
         return Array(self.part_shape, self.dtype).n_bytes
 
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Read and convert the parts, each with its place on the first axis."""
-        if self.part_shape != self.shape:
-            for layer, key in enumerate(self.keys):
-                yield layer, self._converted(key)[None]
-        elif self.keys[0].layer is not None:
-            yield 0, np.stack([self._converted(key) for key in self.keys])
-        else:
-            yield 0, self._converted(self.keys[0])
+    @property
+    def is_cut(self) -> bool:
+        return self.part_shape != self.shape
+
+    @property
+    def n_parts(self) -> int:
+        return len(self.keys) if self.is_cut else 1
+
+    def part(self, i: int) -> np.ndarray:
+        """Read and convert a part: of a cut array, its layer i."""
+        if self.is_cut:
+            return self._converted(self.keys[i])[None]
+        if self.keys[0].layer is not None:
+            return np.stack([self._converted(key) for key in self.keys])
+        return self._converted(self.keys[0])
 
     def _converted(self, key: Key) -> np.ndarray:
         return np.asarray(cast(self.read(key), self.dtype, str(key)), order="C")
@@ -207,19 +213,20 @@ class _PartsHandler(ocp.type_handlers.TypeHandler):
         under_way: list[Any],
     ) -> None:
         """Write, with what is being written listed in `under_way`."""
-        budget = max(value.part_bytes for value in values)
+        # Of parts in memory: the largest, or two layers' so that one is read and one is written.
+        budget = max(value.part_bytes * (1 + value.is_cut) for value in values)
         n_bytes = 0
         with concurrent.futures.ThreadPoolExecutor(1) as adding:
             for value, info in zip(values, infos, strict=True):
                 await info.await_path_creation()
                 opened = await _create(value, info)
-                for first, part in value:
-                    # While one large part is written another is read; many small ones are written
-                    # together, into few files.
-                    if n_bytes + part.nbytes > budget:
+                for first in range(value.n_parts):
+                    # Many small ones are written together, into few files.
+                    if n_bytes + value.part_bytes > budget:
                         await asyncio.gather(*under_way)
                         under_way.clear()
                         n_bytes = 0
+                    part = value.part(first)
                     starts = [first, *[0] * (part.ndim - 1)] if part.ndim else []
                     summed = adding.submit(box_sum, part, starts, value.shape)
                     self._sums[info.name].append(summed)

@@ -18,7 +18,7 @@ import threading
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -129,15 +129,37 @@ def describe(member: Member) -> Array:
         return _described(stream.read(_LONGEST_HEADER), member)[0]
 
 
-def read(member: Member) -> np.ndarray:
+class Room(threading.local):
+    """Memory of each thread, to read one array after another into.
+
+    Memory that is new costs more to be zeroed than the numbers to be read, and what threads free
+    stays with their process.
+    """
+
+    _room = np.empty(0, np.uint8)
+
+    def __call__(self, n_bytes: int) -> np.ndarray:
+        if len(self._room) < n_bytes:
+            self._room = np.empty(n_bytes, np.uint8)
+        return self._room[:n_bytes]
+
+
+def _new_room(n_bytes: int) -> np.ndarray:
+    return np.empty(n_bytes, np.uint8)
+
+
+def read(member: Member, room: Callable[[int], np.ndarray] = _new_room) -> np.ndarray:
     """Read an array, by one range of the archive.
+
+    Args:
+        room: Gives the bytes in which it will be; of a `Room`, until it is asked again.
 
     Raises:
         CheckpointError: It is damaged.
     """
     if member.info.compress_type != zipfile.ZIP_STORED:
         return _read_compressed(member)
-    stored = _read_range(member)
+    stored = _read_range(member, room=room)
     begin = _header_bytes(stored, member)
     data = stored[begin : begin + member.info.file_size]
     if len(data) < member.info.file_size:
@@ -273,16 +295,20 @@ class Writer:
         self._n += 1
 
 
-def _read_range(member: Member, at_most: int | None = None) -> np.ndarray:
+def _read_range(
+    member: Member,
+    at_most: int | None = None,
+    room: Callable[[int], np.ndarray] = _new_room,
+) -> np.ndarray:
     """Read what is stored of a member, its local header first, so that its array is aligned."""
     begin = member.info.header_offset
     if not 0 <= begin <= member.end - _LOCAL_HEADER:
         raise CheckpointError(f"{member} is damaged: no array where one should be")
     n = member.end - begin if at_most is None else min(member.end - begin, at_most)
     usual = _LOCAL_HEADER + len(member.info.filename) + _ZIP64_BYTES
-    room = np.empty(n + 2 * _ALIGNMENT, np.uint8)
-    first = -(room.ctypes.data + usual) % _ALIGNMENT
-    stored = room[first : first + n]
+    bytes_there = room(n + 2 * _ALIGNMENT)
+    first = -(bytes_there.ctypes.data + usual) % _ALIGNMENT
+    stored = bytes_there[first : first + n]
     read_into(member.archive, begin, stored.data, str(member))
     return stored
 

@@ -155,6 +155,7 @@ class Original:
         if network_rules.unlike(network_rules.FORK, vars(model)):
             check_computed(model)
         self._n_heads = model.n_heads
+        self._readers, self._room = concurrent.futures.ThreadPoolExecutor(_READERS), npz.Room()
         self.n_shards = count_shards(folder)
         self._members = [self._open(shard) for shard in range(self.n_shards)]
         weights, full = leaves(model, moments=False), leaves(model, moments=True)
@@ -226,18 +227,17 @@ class Original:
         parts = np.split(merged, self.n_shards, axis)  # views
 
         def fill(shard: int) -> None:
-            parts[shard][...] = self._part(at, shard)
+            parts[shard][...] = self._part(at, shard, self._room)
 
         if self.n_shards == 1:
             merged = self._part(at, 0)
         else:
-            with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-                list(pool.map(fill, range(self.n_shards)))
+            list(self._readers.map(fill, range(self.n_shards)))
         scale = roles.gathered_scale(leaf.role, key.kind, self.n_shards)
         return merged if scale == 1 else (merged * scale).astype(whole.dtype)
 
-    def _part(self, at: int, shard: int) -> np.ndarray:
-        part = npz.read(self._members[shard][at])
+    def _part(self, at: int, shard: int, *room: npz.Room) -> np.ndarray:
+        part = npz.read(self._members[shard][at], *room)
         leaf = self._leaves[at]
         expected = leaf.part_shape(self.n_shards)
         assert leaf.key is not None
