@@ -26,7 +26,7 @@ from mesh_transformer.checkpoints.family import Family
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.named import NamedSource, Stored
 from mesh_transformer.checkpoints.renaming import Renamed
-from mesh_transformer.checkpoints.source import Array, Source
+from mesh_transformer.checkpoints.source import Array, Source, ahead
 from mesh_transformer.config import ModelConfig
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -151,8 +151,9 @@ def write(
     assert family is not None, "config_json names one of them"
     weights = Renamed(source, family, model, dtype, advance)
     files = _in_files(weights.arrays, shard_bytes)
-    for name, inside in files.items():
-        safetensors.write(storage.join(folder, name), inside, weights.read)
+    with ahead(weights.read, weights.arrays) as read:
+        for name, inside in files.items():
+            safetensors.write(storage.join(folder, name), inside, read)
     if len(files) > 1:
         index = {
             "metadata": {"total_size": sum(array.n_bytes for array in weights.arrays.values())},

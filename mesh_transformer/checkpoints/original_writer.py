@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,14 +60,15 @@ def write(
         numbers |= {"adam count": source.counts.adam, "schedule count": source.counts.schedule}
     spare = dtype or weights_dtype(source)
 
-    def read(leaf: Leaf) -> np.ndarray:
+    def whole_of(leaf: Leaf) -> np.ndarray:
         if leaf.role is None:
             return np.asarray(numbers[leaf.name], np.int32)
         if leaf.key is None:
             return np.zeros(leaf.shape, spare if leaf.name.startswith(PARAMS) else np.float32)
         return _whole(source, leaf.key, model.n_heads, dtype)
 
-    with contextlib.closing(ahead(read, listed)) as coming:
+    begin = 0
+    with ahead(whole_of, listed) as read:
         for i, n in enumerate(n_files_of(len(listed))):
             archives = [npz.Writer(storage.join(path, f"{i}.npz")) for path in paths]
             with (
@@ -77,12 +77,14 @@ def write(
             ):
                 for archive in archives:
                     opened.enter_context(archive)
-                for leaf, whole in itertools.islice(coming, n):
+                for leaf in listed[begin : begin + n]:
+                    whole = read(leaf)
                     parts = _parts(leaf, whole, n_shards)
                     list(pool.map(npz.Writer.add, archives, parts))
                     if leaf.key is not None:
                         advance(whole.nbytes)
                     del whole, parts  # or they would stay until the next ones are there
+            begin += n
 
 
 def _whole(source: Source, key: Key, n_heads: int, dtype: np.dtype[Any] | None) -> np.ndarray:

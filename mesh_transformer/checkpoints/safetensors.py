@@ -9,7 +9,6 @@ only from a local disk.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import struct
@@ -21,7 +20,7 @@ import numpy as np
 from mesh_transformer import storage
 from mesh_transformer.checkpoints.layout import CheckpointError
 from mesh_transformer.checkpoints.npz import BFLOAT16, read_into
-from mesh_transformer.checkpoints.source import Array, ahead
+from mesh_transformer.checkpoints.source import Array
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
@@ -148,7 +147,7 @@ def write(
     arrays: Mapping[str, Array],
     read: Callable[[str], np.ndarray],
 ) -> None:
-    """Write a file, asking for its arrays in order, for each while the one before it is written.
+    """Write a file, asking for its arrays one at a time, in order.
 
     Args:
         arrays: What the file will hold, by name.
@@ -157,13 +156,11 @@ def write(
     Raises:
         CheckpointError: An array is not what was said, or of a dtype that is not written.
     """
-    with (
-        storage.open(path, "wb") as file,
-        contextlib.closing(ahead(read, arrays)) as coming,
-    ):
+    with storage.open(path, "wb") as file:
         file.write(header(arrays))
-        for name, array in coming:
-            needed, given = arrays[name], Array(array.shape, array.dtype)
+        for name, needed in arrays.items():
+            array = read(name)
+            given = Array(array.shape, array.dtype)
             if given != needed:
                 raise CheckpointError(f"{name} for {path} is {given}, announced was {needed}")
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

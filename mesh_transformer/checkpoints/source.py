@@ -8,7 +8,9 @@ Writers ask a source for what they need, in the order in which they need it.
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Callable, Generator, Iterable, Mapping
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -110,20 +112,29 @@ class Source(Protocol):
 Wanted = TypeVar("Wanted")
 
 
+@contextlib.contextmanager
 def ahead(
     read: Callable[[Wanted], np.ndarray], wanted: Iterable[Wanted]
-) -> Generator[tuple[Wanted, np.ndarray], None, None]:
-    """Read arrays in order, each while the one before it is used.
+) -> Iterator[Callable[[Wanted], np.ndarray]]:
+    """Give what reads arrays, to be asked for in this order: each while the one before is used.
 
     The one that is given and what reading the next one needs are in memory at once, if who is given
     one lets go of it before asking for the next.
     """
+    left = iter(wanted)
+    coming: list[tuple[Wanted, concurrent.futures.Future[np.ndarray]]] = []
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
-        before: tuple[Wanted, concurrent.futures.Future[np.ndarray]] | None = None
-        for what in wanted:
-            coming = reader.submit(read, what)
-            if before is not None:
-                yield before[0], before[1].result()
-            before = what, coming
-        if before is not None:
-            yield before[0], before[1].result()
+
+        def begin_next() -> None:
+            for what in itertools.islice(left, 1):
+                coming.append((what, reader.submit(read, what)))
+
+        def next_one(what: Wanted) -> np.ndarray:
+            expected, future = coming.pop()
+            assert expected == what, f"{what} is asked for before {expected}"
+            array = future.result()
+            begin_next()
+            return array
+
+        begin_next()
+        yield next_one
