@@ -213,8 +213,9 @@ class _PartsHandler(ocp.type_handlers.TypeHandler):
         under_way: list[Any],
     ) -> None:
         """Write, with what is being written listed in `under_way`."""
-        # Of parts in memory: the largest, or two layers' so that one is read and one is written.
-        budget = max(value.part_bytes * (1 + value.is_cut) for value in values)
+        # Of two layers, so that one is read while one is written; what is larger is alone.
+        largest = max(value.part_bytes for value in values)
+        budget = max((2 * value.part_bytes for value in values if value.is_cut), default=largest)
         n_bytes = 0
         with concurrent.futures.ThreadPoolExecutor(1) as adding:
             for value, info in zip(values, infos, strict=True):
