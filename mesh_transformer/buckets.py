@@ -334,7 +334,7 @@ def _named_errors(path: str) -> Iterator[None]:
             f"{path}: {scheme}:// needs a package that is not installed ({error}): "
             f'pip install -e ".[{EXTRAS[scheme]}]" -c constraints.txt'
         ) from error
-    except Exception as error:
+    except _store_errors(scheme) + (ValueError,) as error:
         if not _is_of_store(scheme, error):
             raise
         if _status(error) != _NOT_FOUND:

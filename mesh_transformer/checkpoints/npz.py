@@ -13,7 +13,6 @@ import io
 import math
 import re
 import struct
-import sys
 import threading
 import tokenize
 import zipfile
@@ -256,15 +255,13 @@ class _Ranges(io.RawIOBase):
 @contextlib.contextmanager
 def writing_zip(archive: str) -> Iterator[zipfile.ZipFile]:
     """Give an archive to write, uncompressed: the block leaves a whole one or raises."""
-    file = storage.open(archive, "wb")
-    opened = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED)
-    try:
-        yield opened
-    except BaseException:
-        opened.fp = None  # or its directory would be written, into a file that is closed
-        file.__exit__(*sys.exc_info())
-        raise
-    with file:  # of a remote file nothing appears on an error
+    with storage.open(archive, "wb") as file:  # of a remote file nothing appears on an error
+        opened = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED)
+        with contextlib.ExitStack() as unless_whole:
+            # Or its directory would be written when it is forgotten, into a file that is closed.
+            unless_whole.callback(setattr, opened, "fp", None)
+            yield opened
+            unless_whole.pop_all()
         opened.close()
 
 

@@ -157,18 +157,22 @@ def _in_bucket(folder: str, *, overwrite: bool) -> Iterator[str]:
     mark = f"{_MARK}{uuid.uuid4().hex}\n"
     storage.write_text_atomically(marker, mark)
     buckets.remove_folder(folder, but=UNFINISHED)
-    try:
+    with contextlib.ExitStack() as unless_whole:
+        unless_whole.callback(_spoil, marker, mark)
         yield folder
-    except BaseException:
-        with contextlib.suppress(buckets.StorageError):  # which would hide the first
-            _leave_unfinished(marker, mark)
-        raise
+        unless_whole.pop_all()
     if _leave_unfinished(marker, mark):
         raise CheckpointError(
             f"another process wrote {folder} at the same time, so that it is not whole: write it "
             "again, by one process"
         )
     storage.remove(marker)
+
+
+def _spoil(marker: str, mark: str) -> None:
+    """Do what `_leave_unfinished` does, if it can: its error would hide why that is done."""
+    with contextlib.suppress(buckets.StorageError):
+        _leave_unfinished(marker, mark)
 
 
 def _leave_unfinished(marker: str, mark: str) -> bool:
@@ -193,16 +197,15 @@ def _beside(folder: str, needed: int, *, overwrite: bool) -> Iterator[str]:
     os.makedirs(beside, exist_ok=True)
     with storage.alone(beside, f"another process is writing {folder}: wait for it, or end it"):
         _mark(folder, beside)
-        try:
+        with contextlib.ExitStack() as unless_whole:
+            unless_whole.callback(shutil.rmtree, beside, ignore_errors=True)
             _remove_replaced(folder)
             _check_free(folder, overwrite=overwrite)
             _remove_but_marker(beside)
             _check_room(folder, beside, needed)
             yield beside
             _replace(folder, beside, overwrite=overwrite)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
+            unless_whole.pop_all()
         _remove_replaced(folder)  # by now another process may have begun to write beside
 
 
