@@ -32,7 +32,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import fsspec  # type: ignore[import-untyped]
@@ -284,6 +284,19 @@ def make_writer(
 def about_handler() -> ocp.JsonCheckpointHandler:
     """Make what writes and reads `about/about.json`."""
     return ocp.JsonCheckpointHandler(filename="about.json")
+
+
+def dtype_of(what: str, named: str, known: Mapping[str, np.dtype[Any]]) -> np.dtype[Any]:
+    """Look a dtype up by a format's own name.
+
+    Raises:
+        CheckpointError: It is not one that weights can be read from; `what` is the array.
+    """
+    if named not in known:
+        raise CheckpointError(
+            f"{what} is {named}, which is not read here; save it as {', '.join(known)}"
+        )
+    return known[named]
 
 
 def first_of(problems: Sequence[str]) -> list[str]:

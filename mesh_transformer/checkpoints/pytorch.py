@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mesh_transformer import storage
-from mesh_transformer.checkpoints.layout import CheckpointError, reason
+from mesh_transformer.checkpoints.layout import CheckpointError, dtype_of, reason
 from mesh_transformer.checkpoints.npz import BFLOAT16, writing_zip
 from mesh_transformer.checkpoints.source import Array
 
@@ -64,13 +64,9 @@ class Mapped(NamedTuple):
         Raises:
             CheckpointError: Its dtype is not one that weights can be read from.
         """
-        dtype = str(self.tensor.dtype)
-        if dtype not in _DTYPES:
-            raise CheckpointError(
-                f"{self.name} in {self.path} is {dtype}, which is not read here; save it as "
-                f"{', '.join(_DTYPES)}"
-            )
-        return Array(self.shape, _DTYPES[dtype])
+        return Array(
+            self.shape, dtype_of(f"{self.name} in {self.path}", str(self.tensor.dtype), _DTYPES)
+        )
 
     def read(self) -> np.ndarray:
         """Copy it into memory."""

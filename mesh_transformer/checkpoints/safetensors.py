@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mesh_transformer import storage
-from mesh_transformer.checkpoints.layout import CheckpointError
+from mesh_transformer.checkpoints.layout import CheckpointError, dtype_of
 from mesh_transformer.checkpoints.npz import BFLOAT16, read_into
 from mesh_transformer.checkpoints.source import Array
 
@@ -63,12 +63,7 @@ class Stored(NamedTuple):
         Raises:
             CheckpointError: Its dtype is not one that weights can be read from.
         """
-        if self.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{self.name} in {self.path} is {self.dtype}, which is not read here; save it as "
-                f"{', '.join(DTYPES)}"
-            )
-        return Array(self.shape, DTYPES[self.dtype])
+        return Array(self.shape, dtype_of(f"{self.name} in {self.path}", self.dtype, DTYPES))
 
     def read(self) -> np.ndarray:
         """Read it.
