@@ -48,18 +48,7 @@ def write(
     dtype: np.dtype[Any],
     advance: Callable[[int], object],
 ) -> None:
-    """Write checkpoint_N.mdl and params.yaml.
-
-    Args:
-        folder: There already, and empty.
-        source: Of the model's arrays.
-        dtype: Of the weights.
-        advance: Called with the bytes of each array that is written.
-
-    Raises:
-        CheckpointError: Cerebras's model does not compute such a one, the source is not of it, or a
-            weight is too large for the dtype; or there is no PyTorch.
-    """
+    """Write checkpoint_N.mdl and params.yaml, as `foreign.Foreign.write` says."""
     family, keys = _described(model)
     weights = Renamed(_Unscaled(source, model), family, model, dtype, advance)
     copies = {

@@ -18,7 +18,10 @@ class Foreign(NamedTuple):
     Attributes:
         program: Whose it is, for messages.
         check: Refuses a model that it cannot hold, by an error that names each key.
-        write: Writes a folder of it.
+        write: Writes a folder of it, which is there already, and empty: of a `Source` and the
+            configuration of its model, which `check` lets pass, with weights in `dtype`. `advance`
+            is called with the bytes of each array that is made. A `CheckpointError` says that the
+            source is not of the model, or that a weight is too large for the dtype.
         check_sizes: Refuses weights that its files have no room for in a dtype.
         knows_padding: Whether it can say where the padding of a vocabulary begins.
         folds_bias: Whether a bias of the embedding goes into its table.

@@ -170,18 +170,7 @@ def write(
     dtype: np.dtype[Any],
     advance: Callable[[int], object],
 ) -> None:
-    """Write weights, and what describes their model, as JAXSeq saves `params`.
-
-    Args:
-        folder: There already, and empty.
-        source: Of the model's arrays.
-        dtype: Of the weights; one that `check_sizes` lets pass.
-        advance: Called with the bytes of each array that is written.
-
-    Raises:
-        CheckpointError: JAXSeq does not compute such a model, the source is not of it, or a weight
-            is too large for the dtype.
-    """
+    """Write what JAXSeq saves as `params`, and config.json, as `foreign.Foreign.write` says."""
     config = config_json(model, dtype, families=FAMILIES, program=_PROGRAM)
     family = next(it for it in FAMILIES if it.model_type == config["model_type"])
     if model.n_tokens < model.n_vocab:

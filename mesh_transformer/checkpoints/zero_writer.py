@@ -71,18 +71,7 @@ def write_flax(
     dtype: np.dtype[Any],
     advance: Callable[[int], object],
 ) -> None:
-    """Write a folder with a file of Flax's.
-
-    Args:
-        folder: There already, and empty.
-        source: Of the model's arrays.
-        dtype: Of the weights.
-        advance: Called with the bytes of each array of the source's that is written.
-
-    Raises:
-        CheckpointError: These programs do not compute such a model, the source is not of it, or a
-            weight is too large for the dtype.
-    """
+    """Write a folder with a file of Flax's, as `foreign.Foreign.write` says."""
     _, keys = described(model, (FLAX,), NAME)
     weights = _Weights(source, FLAX, model, dtype, advance)
     params = {"params": flax_writer.nested(weights.arrays)}
@@ -105,10 +94,7 @@ def write_torch(
     dtype: np.dtype[Any],
     advance: Callable[[int], object],
 ) -> None:
-    """Write a folder with a file of PyTorch's, which is needed; its masks and slopes are there too.
-
-    Args and errors are those of `write_flax`.
-    """
+    """Write a folder with a file of PyTorch's, with its masks and slopes, as `write_flax` does."""
     _, keys = described(model, (TORCH,), PORT)
     weights = _Weights(source, TORCH, model, dtype, advance)
     names = {port_name(it, model): it for it in weights.arrays}
