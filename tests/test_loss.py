@@ -98,14 +98,13 @@ def test_a_split_vocabulary_exchanges_numbers_per_token_only() -> None:
     mesh = make_mesh(1, 8)
     split = NamedSharding(mesh, PartitionSpec(None, None, "mp"))
     whole = NamedSharding(mesh, PartitionSpec())
-    compiled = (
-        jax.jit(next_token_loss, in_shardings=(split, whole), out_shardings=whole)
-        .lower(jnp.asarray(logits(1)), jnp.asarray(TARGETS_BT))
-        .compile()
-    )
-    program = str(compiled.as_text())
-    assert "all-reduce" in program
-    assert f"{B},{T},{V}]" not in program, "a device holds all logits"
     split_BTV = jax.device_put(logits(1), split)
-    seen = compiled(split_BTV, jax.device_put(TARGETS_BT, whole))
+    targets_BT = jax.device_put(TARGETS_BT, whole)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(next_token_loss, out_shardings=whole).lower(split_BTV, targets_BT)
+        compiled = lowered.compile()
+    program = str(compiled.as_text())
+    assert "all-gather" in program
+    assert f"{B},{T},{V}]" not in program, "a device holds all logits"
+    seen = compiled(split_BTV, targets_BT)
     np.testing.assert_allclose(seen.loss_BT, by_numpy(logits(1), TARGETS_BT)[0], atol=1e-6)

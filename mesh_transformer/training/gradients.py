@@ -25,7 +25,16 @@ from mesh_transformer.config import Config
 from mesh_transformer.model.decoder import Model
 from mesh_transformer.model.loss import TokenLoss
 from mesh_transformer.model.weights import Weight, sum_into_shards
-from mesh_transformer.sharding import axis_size, is_matrix, over_mp, shard, spread_axis, sum_of
+from mesh_transformer.sharding import (
+    COMPUTE,
+    axis_size,
+    is_matrix,
+    over_mp,
+    shard,
+    spec,
+    spread_axis,
+    sum_of,
+)
 from mesh_transformer.training import as_original, examples
 
 SCATTERED, SPREAD = 2, 3
@@ -131,9 +140,9 @@ def _on_one_replica(
     stage, shards = config.mesh.zero_stage, config.optimizer.original_shards
     n_replicas, n_steps = jax.lax.axis_size("dp"), tokens_ABT1.shape[0]
     mask_ABT = examples.weighed(tokens_ABT1, mask_ABT, config.model)
-    n_valid = jnp.maximum(jax.lax.psum(mask_ABT.sum(), "dp"), 1)
+    n_valid = jnp.maximum(sum_over_dp(mask_ABT.sum(), ""), 1)
     last_AB = examples.last_of(mask_ABT, mask_ABT, config.model)
-    n_valid_last = jnp.maximum(jax.lax.psum(last_AB.sum(), "dp"), 1)
+    n_valid_last = jnp.maximum(sum_over_dp(last_AB.sum(), ""), 1)
     receivers = jax.tree.map(functools.partial(_receiver, config), weights, dims)
     keys_A = dropout_keys(config, step, n_steps)
 
@@ -153,7 +162,7 @@ def _on_one_replica(
         return total, (nll, last_loss)
 
     def microbatch(carry: Any, batch: Any) -> Any:
-        total, squares = carry
+        total, squares_M = carry
         grads, losses = jax.grad(objective, has_aux=True)(receivers, *batch)
         grads = jax.tree.map(lambda g, d: shard(g.astype(jnp.float32), d), grads, dims)
         if stage >= SPREAD:
@@ -161,21 +170,22 @@ def _on_one_replica(
                 lambda g, d: sum_over_dp(g, d) if spread_axis(d) is None else g, grads, dims
             )
         if n_units > 1:
-            squares = squares + _own_squares(grads, dims, config, n_replicas)
-        return (jax.tree.map(jnp.add, total, grads), squares), losses
+            squares_M = squares_M + _own_squares(grads, dims, config, n_replicas)
+        return (jax.tree.map(jnp.add, total, grads), squares_M), losses
 
     def zeros(receiver: jax.Array, letters: str) -> jax.Array:
         return shard(jnp.zeros(receiver.shape, jnp.float32), letters)
 
     n_units = n_steps if stage >= SPREAD else n_steps * n_replicas
-    start = (jax.tree.map(zeros, receivers, dims), jnp.float32(0))
+    start = (jax.tree.map(zeros, receivers, dims), shard(jnp.zeros(axis_size("mp")), "M"))
+    batches_A = (tokens_ABT1, mask_ABT, keys_A)
     if n_steps > 1:
-        (total, squares), losses = jax.lax.scan(microbatch, start, (tokens_ABT1, mask_ABT, keys_A))
+        (total, squares_M), losses = jax.lax.scan(microbatch, start, batches_A)
     else:  # In a loop of one round all is invariant: TPU compilers hoist it, and run it twice.
-        only = jax.tree.map(lambda batch_A: batch_A[0], (tokens_ABT1, mask_ABT, keys_A))
-        (total, squares), losses = microbatch(start, only)
-    nll, last_loss = (jax.lax.psum(loss_A.sum(), "dp") for loss_A in losses)
-    micro_norm = jnp.sqrt(jax.lax.psum(squares, "dp") * n_units) if n_units > 1 else None
+        only = jax.tree.map(lambda batch_A: batch_A[0], batches_A)
+        (total, squares_M), losses = microbatch(start, only)
+    nll, last_loss = (sum_over_dp(loss_A.sum(), "") for loss_A in losses)
+    micro_norm = jnp.sqrt(sum_over_dp(squares_M.sum(), "") * n_units) if n_units > 1 else None
     mean = jax.tree.map(functools.partial(_sum_between_replicas, stage), total, dims)
     return mean, nll, last_loss, micro_norm
 
@@ -215,15 +225,23 @@ def _receiver(config: Config, weight: jax.Array, dims: str) -> jax.Array:
 
 
 def _own_squares(grads: Any, dims: Any, config: Config, n_replicas: int) -> jax.Array:
-    """Return this replica's share of the squared norm of a microbatch's gradient."""
+    """Return `[M]`, each device's share of the squared norm of a microbatch's gradient.
 
+    Not yet summed: once, after the last microbatch, is enough.
+    """
     grads = as_original.counted(grads, config.optimizer.original_shards, config.model.norm)
+    leaves, letters = jax.tree.leaves(grads), jax.tree.leaves(dims)
+    is_spread = config.mesh.zero_stage >= SPREAD
 
-    def squares(g: jax.Array, letters: str) -> jax.Array:
-        shared = config.mesh.zero_stage >= SPREAD and spread_axis(letters) is None
-        return jnp.square(g).sum() / (n_replicas if shared else 1)
+    def share(letters: str) -> float:
+        n_copies = 1 if "mp" in spec(letters, COMPUTE) else axis_size("mp")
+        return n_copies * (n_replicas if is_spread and spread_axis(letters) is None else 1)
 
-    return sum_of(jax.tree.leaves(jax.tree.map(squares, grads, dims)))
+    def squares(*parts: jax.Array) -> jax.Array:
+        shares = [jnp.square(g).sum() / share(of) for g, of in zip(parts, letters, strict=True)]
+        return sum_of(shares)[None]
+
+    return over_mp(squares, letters, "M")(*leaves)
 
 
 def sum_over_dp(x: jax.Array, dims: str) -> jax.Array:
