@@ -9,7 +9,7 @@ One letter names a dimension everywhere: in array suffixes, einsum subscripts an
     D  model features                        L  layers, stacked
     R  buckets of relative positions         G  heads of keys and values
     E  features of an embedding, where they are not those of the model
-    M  copies of an activation, one for each index of `mp`
+    M  one for each index of `mp`: copies of an activation, or parts of a result
     N  tokens of all sequences, B times T
 
 Letters are global sizes; in a weight, H stands for heads times features per head, and so does G:
@@ -17,7 +17,8 @@ heads are split over devices, never one head (of a G that `mp` does not divide, 
 while it is in use). Two mesh axes exist: `dp`, over which sequences (and under
 ZeRO weights and optimizer state) are spread, and `mp`, over which each layer is split
 (Megatron-LM, arXiv:1909.08053). The model calls `columns`, `rows` and `lookup`, which hold the
-only communication over `mp` that a layer needs, and `shard` for what the compiler must keep.
+only communication over `mp` that a layer needs, its loss `parts_over_mp`, and all of it `shard`
+for what the compiler must keep.
 Without a mesh all of them are plain arithmetic.
 """
 
@@ -180,6 +181,19 @@ def sum_over_mp(x: jax.Array) -> jax.Array:
     return jax.lax.psum(x, "mp") if axis_size("mp") > 1 else x
 
 
+def parts_over_mp(x: jax.Array) -> jax.Array:
+    """Gather the parts that the indices of `mp` hold, along a new first axis M.
+
+    One all-gather; inside `over_mp` only.
+    """
+    return jax.lax.all_gather(x, "mp") if axis_size("mp") > 1 else x[None]
+
+
+def first_of_own(n: int) -> jax.Array | int:
+    """Return where the part that this index of `mp` holds begins; each holds `n`."""
+    return jax.lax.axis_index("mp") * n if axis_size("mp") > 1 else 0
+
+
 def columns(
     x_BTD: jax.Array, *weights: tuple[jax.Array, str], dtype: Any = None
 ) -> tuple[jax.Array, ...]:
@@ -303,17 +317,17 @@ def _turned(x_ND: jax.Array) -> jax.Array:
     """Transpose a matrix in memory, which XLA leaves to the product that reads it.
 
     On CPUs such a product is not among those it has kernels for: it takes a fourth longer in
-    float32, and twice as long in bfloat16. First of 16 tokens at a time: the computations that XLA
-    joins to a copy would read far apart otherwise.
+    float32, and twice as long in bfloat16. In two copies, the first of 16 tokens at a time: XLA
+    computes the matrix anew inside the copy, and would read what it is made of by columns.
     """
 
-    def copied(x: jax.Array) -> jax.Array:
+    def laid_out(x: jax.Array) -> jax.Array:
         return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
     n, d = x_ND.shape
-    some = math.gcd(n, 16)
-    blocks = copied(x_ND.reshape(n // some, some, d).swapaxes(1, 2))
-    return copied(blocks.swapaxes(0, 1).reshape(d, n))
+    n_together = math.gcd(n, 16)
+    blocks = laid_out(x_ND.reshape(-1, n_together, d).swapaxes(1, 2))
+    return laid_out(blocks.swapaxes(0, 1).reshape(d, n))
 
 
 def product(left: jax.Array, right: jax.Array, dtype: Any = None) -> jax.Array:
@@ -375,7 +389,6 @@ lookup.defvjp(_lookup_forward, _lookup_backward)
 def _own_rows(table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return where each id stands in this device's part of the table, and whether it does."""
     n_rows = table_VD.shape[0]
-    first = jax.lax.axis_index("mp") * n_rows if axis_size("mp") > 1 else 0
-    row_BT = ids_BT - first
+    row_BT = ids_BT - first_of_own(n_rows)
     mine_BT = (row_BT >= 0) & (row_BT < n_rows)
     return jnp.where(mine_BT, row_BT, 0), mine_BT[..., None]

@@ -96,9 +96,8 @@ def test_between_blocks_a_replica_exchanges_embeddings_and_three_numbers_per_tok
     program: tuple[int, int, int],
 ) -> None:
     _, mp, _ = program
-    # Largest logit, partition function and target's logit, of each device's part of the vocabulary;
-    # backward once more, as logits are computed anew.
-    numbers = {f"rounds: all-gather f32[3,{mp},{B},{T}]": 2}
+    # Largest logit, partition function and target's logit, of each device's part of the vocabulary.
+    numbers = {f"rounds: all-gather f32[{mp},3,{B},{T}]": 1}
     # The embedding forward, the head backward; blocks as tested above.
     blocks = {f"layers {way}: all-reduce {BTD}": 1 for way in ("forward", "backward")}
     found = trained(*program).exchanged("mp")
@@ -174,7 +173,7 @@ def test_scoring_exchanges_what_the_forward_pass_does() -> None:
     assert program.exchanged("mp") == {
         f"layers forward: all-reduce {BTD}": 1,
         f"step: all-reduce {BTD}": 1,
-        f"step: all-gather f32[3,{mp},{B},{T}]": 1,
+        f"step: all-gather f32[{mp},3,{B},{T}]": 1,
     }
     training = trained(dp, mp, stage).exchanged("dp")
     forward = {key: n for key, n in training.items() if "layers forward" in key or "gather" in key}

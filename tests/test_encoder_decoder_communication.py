@@ -27,7 +27,7 @@ def test_a_layer_exchanges_one_tensor_more_for_what_it_reads_of_the_encoder() ->
     steps = make_steps(small.parsed(**keys), make_mesh(dp, mp))
     tokens_ABT1 = jax.ShapeDtypeStruct((A, B * dp, S + T + 1), jnp.int32)
     program = Program(steps.train.lower(steps.state, tokens_ABT1, None).compile(FAST), dp, mp)
-    numbers = {f"rounds: all-gather f32[3,{mp},{B},{T}]": 1}
+    numbers = {f"rounds: all-gather f32[{mp},3,{B},{T}]": 1}
     blocks = {f"layers {way}: all-reduce {BTD}": 3 for way in ("forward", "backward")}
     blocks |= {f"encoder {way}: all-reduce {BSD}": 2 for way in ("forward", "backward")}
     # Embeddings forward; backward the head, and what all layers make of the encoder's output.

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mesh_transformer.model.loss import next_token_loss, z_loss
+from mesh_transformer.model.layers import PADDING_BIAS
+from mesh_transformer.model.loss import TokenLoss, next_token_loss, z_loss
 from mesh_transformer.sharding import make_mesh
 
 B, T, V = 2, 5, 16
@@ -108,3 +109,40 @@ def test_a_split_vocabulary_exchanges_numbers_per_token_only() -> None:
     assert f"{B},{T},{V}]" not in program, "a device holds all logits"
     seen = compiled(split_BTV, targets_BT)
     np.testing.assert_allclose(seen.loss_BT, by_numpy(logits(1), TARGETS_BT)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_split_vocabulary_has_the_loss_and_gradient_of_a_whole_one(dtype: str) -> None:
+    logits_BTV = np.array(jnp.asarray(logits(3), dtype), np.float32)
+    logits_BTV[0, 0, [2, 9]] = 20.0  # a tie of two devices
+    logits_BTV[..., V - V // 8 :] = PADDING_BIAS  # all that the last device holds
+    targets_BT = np.where(TARGETS_BT < V - V // 8, TARGETS_BT, 0)
+    targets_BT[0, 0] = 9
+
+    def scored(logits_BTV: jax.Array) -> tuple[jax.Array, TokenLoss]:
+        seen = next_token_loss(logits_BTV, jnp.asarray(targets_BT))
+        return (seen.loss_BT + 0.1 * z_loss(seen.log_z_BT)).sum(), seen
+
+    whole_BTV = jnp.asarray(logits_BTV, dtype)
+    mesh = make_mesh(1, 8)
+    with jax.set_mesh(mesh):
+        split_BTV = jax.device_put(whole_BTV, NamedSharding(mesh, PartitionSpec(None, None, "mp")))
+        (_, seen), gradient_BTV = jax.jit(jax.value_and_grad(scored, has_aux=True))(split_BTV)
+    expected, expected_BTV = jax.grad(scored, has_aux=True)(whole_BTV)[::-1]
+    assert seen.correct_BT[0, 0]
+    np.testing.assert_array_equal(seen.correct_BT, expected.correct_BT)
+    np.testing.assert_array_equal(seen.max_BT, expected.max_BT)
+    np.testing.assert_allclose(seen.loss_BT, expected.loss_BT, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(seen.log_z_BT, expected.log_z_BT, rtol=1e-6)
+    # Rounded to the logits' type, where float32 sums of another order may round apart.
+    rounding = float(jnp.finfo(dtype).eps)
+    assert gradient_BTV.dtype == dtype
+    np.testing.assert_allclose(
+        np.float32(gradient_BTV), np.float32(expected_BTV), rtol=rounding * 8, atol=1e-6
+    )
+    # By its formula: each probability pulls, the target pushes.
+    loss_BT, log_z_BT = by_numpy(logits_BTV, targets_BT)
+    probability_BTV = np.exp(logits_BTV.astype(np.float64) - log_z_BT[..., None])
+    formula_BTV = (1 + 0.2 * log_z_BT)[..., None] * probability_BTV - np.eye(V)[targets_BT]
+    np.testing.assert_allclose(np.float32(gradient_BTV), formula_BTV, rtol=rounding * 8, atol=1e-5)
+    np.testing.assert_allclose(seen.loss_BT, loss_BT, rtol=1e-6, atol=1e-5)

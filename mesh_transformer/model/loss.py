@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from mesh_transformer.sharding import axis_size, over_mp
+from mesh_transformer.model.layers import NORMALISER
+from mesh_transformer.sharding import first_of_own, over_mp, parts_over_mp
 
 
 class TokenLoss(NamedTuple):
@@ -33,26 +35,31 @@ def next_token_loss(logits_BTV: jax.Array, targets_BT: jax.Array) -> TokenLoss:
     Each device works on its own part of the vocabulary; they exchange three numbers per token,
     together, and nothing backward.
     """
-    max_BT, log_z_BT, target_BT = over_mp(_terms, ("BTV", "BT"), ("BT", "BT", "BT"))(
-        logits_BTV, targets_BT
-    )
-    return TokenLoss(log_z_BT - target_BT, log_z_BT, target_BT >= max_BT, max_BT)
+    return _loss(*_terms(logits_BTV, targets_BT))
+
+
+def _loss(max_BT: jax.Array, log_sum_BT: jax.Array, target_BT: jax.Array) -> TokenLoss:
+    """Return the loss, of the largest logit, log(Z) relative to it, and the target's logit."""
+    loss_BT = log_sum_BT - (target_BT - max_BT)
+    return TokenLoss(loss_BT, log_sum_BT + max_BT, target_BT >= max_BT, max_BT)
 
 
 def _terms(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, ...]:
-    """Return the largest logit, log Z and the target's logit, of the whole vocabulary."""
-    logits_BTV = logits_BTV.astype(jnp.float32)
-    if axis_size("mp") > 1:
-        targets_BT = targets_BT - jax.lax.axis_index("mp") * logits_BTV.shape[-1]
-    max_BT = logits_BTV.max(-1)
-    sum_BT = jnp.exp(logits_BTV - max_BT[..., None]).sum(-1)
-    target_BT = jnp.where(_is_target(logits_BTV, targets_BT), logits_BTV, 0).sum(-1)
-    if axis_size("mp") > 1:
-        parts = jax.lax.all_gather(jnp.stack((max_BT, sum_BT, target_BT)), "mp", axis=1)
-        max_MBT, sum_MBT, target_MBT = parts
-        max_BT, target_BT = max_MBT.max(0), target_MBT.sum(0)
+    """Return what `_loss` takes, of the whole vocabulary."""
+
+    def of_own_part(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, ...]:
+        logits_BTV = logits_BTV.astype(jnp.float32)
+        max_BT = logits_BTV.max(-1)
+        sum_BT = jnp.exp(logits_BTV - max_BT[..., None]).sum(-1)
+        own_BT = targets_BT - first_of_own(logits_BTV.shape[-1])
+        target_BT = jnp.where(_is_target(logits_BTV, own_BT), logits_BTV, 0).sum(-1)
+        parts = parts_over_mp(jnp.stack((max_BT, sum_BT, target_BT)))
+        max_MBT, sum_MBT, target_MBT = parts.swapaxes(0, 1)
+        max_BT = max_MBT.max(0)
         sum_BT = (sum_MBT * jnp.exp(max_MBT - max_BT)).sum(0)
-    return max_BT, jnp.log(sum_BT) + max_BT, target_BT
+        return max_BT, jnp.log(sum_BT), target_MBT.sum(0)
+
+    return over_mp(of_own_part, ("BTV", "BT"), ("BT", "BT", "BT"))(logits_BTV, targets_BT)
 
 
 def _is_target(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -61,16 +68,18 @@ def _is_target(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 
 
 def _forward(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[TokenLoss, Any]:
-    seen = next_token_loss(logits_BTV, targets_BT)
-    return seen, (logits_BTV, targets_BT, seen.log_z_BT)
+    max_BT, log_sum_BT, target_BT = _terms(logits_BTV, targets_BT)
+    kept = (checkpoint_name(x_BT, NORMALISER) for x_BT in (max_BT, log_sum_BT))
+    return _loss(max_BT, log_sum_BT, target_BT), (logits_BTV, targets_BT, *kept)
 
 
-def _backward(factors: Any, gradients: TokenLoss) -> tuple[jax.Array, None]:
-    logits_BTV, targets_BT, log_z_BT = factors
-    probability_BTV = jnp.exp(logits_BTV.astype(jnp.float32) - log_z_BT[..., None])
-    g_BT = gradients.loss_BT
-    pull_BTV = (g_BT + gradients.log_z_BT)[..., None] * probability_BTV
-    push_BTV = jnp.where(_is_target(logits_BTV, targets_BT), g_BT[..., None], 0)
+def _backward(kept: Any, gradients: TokenLoss) -> tuple[jax.Array, None]:
+    logits_BTV, targets_BT, max_BT, log_sum_BT = kept
+    shifted_BTV = logits_BTV.astype(jnp.float32) - max_BT[..., None]
+    probability_BTV = jnp.exp(shifted_BTV - log_sum_BT[..., None])
+    loss_g_BT, log_z_g_BT = gradients.loss_BT, gradients.log_z_BT
+    pull_BTV = (loss_g_BT + log_z_g_BT)[..., None] * probability_BTV
+    push_BTV = jnp.where(_is_target(logits_BTV, targets_BT), loss_g_BT[..., None], 0)
     return (pull_BTV - push_BTV).astype(logits_BTV.dtype), None
 
 

@@ -140,9 +140,9 @@ def _on_one_replica(
     stage, shards = config.mesh.zero_stage, config.optimizer.original_shards
     n_replicas, n_steps = jax.lax.axis_size("dp"), tokens_ABT1.shape[0]
     mask_ABT = examples.weighed(tokens_ABT1, mask_ABT, config.model)
-    n_valid = jnp.maximum(sum_over_dp(mask_ABT.sum(), ""), 1)
+    n_valid = jnp.maximum(sum_over_dp(mask_ABT.sum()), 1)
     last_AB = examples.last_of(mask_ABT, mask_ABT, config.model)
-    n_valid_last = jnp.maximum(sum_over_dp(last_AB.sum(), ""), 1)
+    n_valid_last = jnp.maximum(sum_over_dp(last_AB.sum()), 1)
     receivers = jax.tree.map(functools.partial(_receiver, config), weights, dims)
     keys_A = dropout_keys(config, step, n_steps)
 
@@ -184,8 +184,8 @@ def _on_one_replica(
     else:  # In a loop of one round all is invariant: TPU compilers hoist it, and run it twice.
         only = jax.tree.map(lambda batch_A: batch_A[0], batches_A)
         (total, squares_M), losses = microbatch(start, only)
-    nll, last_loss = (sum_over_dp(loss_A.sum(), "") for loss_A in losses)
-    micro_norm = jnp.sqrt(sum_over_dp(squares_M.sum(), "") * n_units) if n_units > 1 else None
+    nll, last_loss = (sum_over_dp(loss_A.sum()) for loss_A in losses)
+    micro_norm = jnp.sqrt(sum_over_dp(squares_M.sum()) * n_units) if n_units > 1 else None
     mean = jax.tree.map(functools.partial(_sum_between_replicas, stage), total, dims)
     return mean, nll, last_loss, micro_norm
 
@@ -225,27 +225,26 @@ def _receiver(config: Config, weight: jax.Array, dims: str) -> jax.Array:
 
 
 def _own_squares(grads: Any, dims: Any, config: Config, n_replicas: int) -> jax.Array:
-    """Return `[M]`, each device's share of the squared norm of a microbatch's gradient.
+    """Return `[M]`: of the squared norm of a microbatch's gradient, each device's part.
 
     Not yet summed: once, after the last microbatch, is enough.
     """
     grads = as_original.counted(grads, config.optimizer.original_shards, config.model.norm)
-    leaves, letters = jax.tree.leaves(grads), jax.tree.leaves(dims)
-    is_spread = config.mesh.zero_stage >= SPREAD
+    is_spread, all_dims = config.mesh.zero_stage >= SPREAD, jax.tree.leaves(dims)
 
-    def share(letters: str) -> float:
+    def n_holders(letters: str) -> int:
         n_copies = 1 if "mp" in spec(letters, COMPUTE) else axis_size("mp")
         return n_copies * (n_replicas if is_spread and spread_axis(letters) is None else 1)
 
     def squares(*parts: jax.Array) -> jax.Array:
-        shares = [jnp.square(g).sum() / share(of) for g, of in zip(parts, letters, strict=True)]
-        return sum_of(shares)[None]
+        pairs = zip(parts, all_dims, strict=True)
+        return sum_of([jnp.square(g).sum() / n_holders(letters) for g, letters in pairs])[None]
 
-    return over_mp(squares, letters, "M")(*leaves)
+    return over_mp(squares, all_dims, "M")(*jax.tree.leaves(grads))
 
 
-def sum_over_dp(x: jax.Array, dims: str) -> jax.Array:
-    """Sum over replicas: one all-reduce of each device's `mp` part."""
+def sum_over_dp(x: jax.Array, dims: str = "") -> jax.Array:
+    """Sum over replicas, a number by default: one all-reduce of each device's `mp` part."""
     if axis_size("dp") == 1:
         return x
     return over_mp(lambda part: jax.lax.psum(part, "dp"), (dims,), dims)(x)
