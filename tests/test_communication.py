@@ -96,8 +96,9 @@ def test_between_blocks_a_replica_exchanges_embeddings_and_three_numbers_per_tok
     program: tuple[int, int, int],
 ) -> None:
     _, mp, _ = program
-    # Largest logit, partition function and target's logit, of each device's part of the vocabulary.
-    numbers = {f"rounds: all-gather f32[{mp},3,{B},{T}]": 1}
+    # Largest logit, partition function and target's logit, of each device's part of the vocabulary;
+    # backward once more, where logits are computed anew.
+    numbers = {f"rounds: all-gather f32[{mp},3,{B},{T}]": 2}
     # The embedding forward, the head backward; blocks as tested above.
     blocks = {f"layers {way}: all-reduce {BTD}": 1 for way in ("forward", "backward")}
     found = trained(*program).exchanged("mp")

@@ -125,7 +125,7 @@ def test_a_block_exchanges_one_bfloat16_tensor_in_each_direction(
 def test_between_blocks_cores_exchange_embeddings_and_three_numbers_per_token(
     trained: Trainer,
 ) -> None:
-    numbers = {f"rounds: all-gather f32[8,3,{T}]": 1}
+    numbers = {f"rounds: all-gather f32[24,1,{T}]": 2}
     blocks = {f"layers {way}: all-reduce {BTD}": 1 for way in ("forward", "backward")}
     found = trained("v3_8").program.exchanged("mp")
     assert found == numbers | {f"rounds: all-reduce {BTD}": 2} | blocks

@@ -23,16 +23,16 @@ from mesh_transformer.sharding import columns, lookup, shard
 PRODUCT = "product"
 """Names, for rematerialisation, what is dear to compute again: products and attention."""
 
-NORMALISER = "normaliser"
-"""Names what a softmax over the vocabulary divides by: to compute it again, devices talk again."""
-
 
 def kept_for_backward(part: Callable[..., Any], remat: str) -> Callable[..., Any]:
     """Let a part of the model keep for its backward pass its input, its products too, or all."""
     if remat == "none":
         return part
-    names = {"full": [NORMALISER], "dots": [NORMALISER, PRODUCT]}[remat]
-    return hk.remat(part, policy=jax.checkpoint_policies.save_only_these_names(*names))
+    policies = {
+        "full": None,
+        "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    }
+    return hk.remat(part, policy=policies[remat])
 
 
 PADDING_BIAS = -1e4

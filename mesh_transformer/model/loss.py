@@ -6,9 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from mesh_transformer.model.layers import NORMALISER
 from mesh_transformer.sharding import first_of_own, over_mp, parts_over_mp
 
 
@@ -33,7 +31,7 @@ def next_token_loss(logits_BTV: jax.Array, targets_BT: jax.Array) -> TokenLoss:
     """Return the cross-entropy of each target; the vocabulary may be split over `mp`.
 
     Each device works on its own part of the vocabulary; they exchange three numbers per token,
-    together, and nothing backward.
+    together, and backward only if it computes the logits anew.
     """
     return _loss(*_terms(logits_BTV, targets_BT))
 
@@ -69,8 +67,7 @@ def _is_target(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 
 def _forward(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[TokenLoss, Any]:
     max_BT, log_sum_BT, target_BT = _terms(logits_BTV, targets_BT)
-    kept = (checkpoint_name(x_BT, NORMALISER) for x_BT in (max_BT, log_sum_BT))
-    return _loss(max_BT, log_sum_BT, target_BT), (logits_BTV, targets_BT, *kept)
+    return _loss(max_BT, log_sum_BT, target_BT), (logits_BTV, targets_BT, max_BT, log_sum_BT)
 
 
 def _backward(kept: Any, gradients: TokenLoss) -> tuple[jax.Array, None]:
