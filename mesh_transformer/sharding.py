@@ -18,8 +18,7 @@ while it is in use). Two mesh axes exist: `dp`, over which sequences (and under
 ZeRO weights and optimizer state) are spread, and `mp`, over which each layer is split
 (Megatron-LM, arXiv:1909.08053). The model calls `columns`, `rows` and `lookup`, which hold the
 only communication over `mp` that a layer needs, its loss `parts_over_mp`, and all of it `shard`
-for what the compiler must keep.
-Without a mesh all of them are plain arithmetic.
+for what the compiler must keep. Without a mesh all of them are plain arithmetic.
 """
 
 from __future__ import annotations
