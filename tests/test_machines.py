@@ -82,6 +82,29 @@ def test_a_token_that_is_made_up_is_one_that_only_its_user_can_read(
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
 
 
+def test_ray_is_not_shown_the_folder_of_the_token_when_it_looks_for_logs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started = []
+    monkeypatch.setenv("TPU_LOG_DIR", "")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    monkeypatch.setattr("ray.init", lambda **_: started.append(os.environ["TPU_LOG_DIR"]))
+    with RayCluster():
+        (folder,) = started
+        assert os.path.isdir(folder) and not os.listdir(folder)
+
+
+def test_a_ray_that_does_not_start_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setenv("TPU_LOG_DIR", "")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    monkeypatch.setattr("ray.init", fails)
+    with pytest.raises(UserError, match="no Ray cluster can be started here: The current node"):
+        RayCluster().__enter__()
+
+
 def test_hosts_elsewhere_cannot_join_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with pytest.raises(UserError, match="RAY_AUTH_MODE is 'disabled', but other machines join"):

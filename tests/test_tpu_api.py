@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -46,6 +47,34 @@ def test_the_local_zone_needs_the_address_of_an_emulator(monkeypatch: pytest.Mon
     assert str(caught.value) == (
         "--tpu_region local is for emulators, one of which MESH_TRANSFORMER_TPU_ENDPOINT must name"
     )
+
+
+FORKS = """
+import os
+from mesh_transformer import driver
+from mesh_transformer.pod import tpu_api
+
+api = tpu_api.connect("local")
+assert api.get("node", "a") is None
+n_before = len(os.listdir("/proc/self/task"))
+if os.fork() == 0:
+    print(n_before, len(os.listdir("/proc/self/task")), flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at threads in /proc")
+def test_a_driver_that_is_connected_starts_processes_without_threads_of_the_connection(
+    cloud: Any,
+) -> None:
+    pytest.importorskip("ray")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKS], capture_output=True, text=True, check=True
+    )
+    parent, child = map(int, done.stdout.split())
+    assert parent > 1, "gRPC has threads"
+    assert child == 1
 
 
 def test_who_is_not_logged_in_is_told_how(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ def test_a_signal_while_the_slice_is_waited_for_lists_what_was_asked_for(
     cloud.plans["test"] = ["CREATING"]
     run = undisturbed.but("waiting", tmp_path)
     process = start(run, tmp_path)
-    assert processes.wait_until(lambda: len(cloud.methods("GetNode")) > 3, process)
+    assert processes.wait_until(lambda: len(cloud.methods("GetNode")) > 3, process), run.told()
     process.send_signal(signal.SIGTERM)
     done = run.ended(process)
     assert done.status == 128 + signal.SIGTERM, done.told

@@ -134,7 +134,9 @@ class RayCluster:
             else:
                 _keep_token(self._token)
                 # Ray would show all that libtpu logs, thousands of lines: it is to look elsewhere.
-                os.environ["TPU_LOG_DIR"] = str(_private_folder())
+                nothing = _private_folder() / "empty"
+                nothing.mkdir(exist_ok=True)
+                os.environ["TPU_LOG_DIR"] = str(nothing)
                 ray.init(
                     address="local",
                     _node_ip_address=self._here,
@@ -143,7 +145,7 @@ class RayCluster:
                     include_dashboard=False,
                     logging_level=logging.ERROR,
                 )
-        except (ConnectionError, ray.exceptions.RayError) as error:
+        except Exception as error:  # this very class, where a process of Ray's does not come up
             what = f"answers at {self._address}" if self._address else "can be started here"
             raise UserError(f"no Ray cluster {what}: {error}") from error
         signal.signal(signal.SIGTERM, _end)  # Ray's own handler exits with another status

@@ -51,6 +51,9 @@ class _Google(NamedTuple):
 
 
 def _google() -> _Google:
+    # Where gRPC keeps its threads alive across forks, a process that is being started may be shot
+    # by one of them: Ray lost one of its own in an eighth of the starts, and waited for it in vain.
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
     try:
         from google.api_core import exceptions
         from google.cloud import tpu_v2, tpu_v2alpha1
