@@ -87,7 +87,8 @@ def test_ray_is_not_shown_the_folder_of_the_token_when_it_looks_for_logs(
 ) -> None:
     started = []
     monkeypatch.setenv("TPU_LOG_DIR", "")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "")
     monkeypatch.setattr("ray.init", lambda **_: started.append(os.environ["TPU_LOG_DIR"]))
     with RayCluster():
         (folder,) = started
