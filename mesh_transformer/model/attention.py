@@ -201,12 +201,8 @@ def plain(
     q_BHTK, k_BGSK, v_BGSK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
     shape_BHTK, shape_BHTS = q_BHTK.shape, (*q_BHTK.shape[:3], k_BGSK.shape[2])
     grouped = (*k_BGSK.shape[:2], -1)  # B G, and the queries of a group
-    logits_BHTS = scale * jnp.einsum(
-        "bgqk,bgsk->bgqs",
-        q_BHTK.reshape(*grouped, shape_BHTK[-1]),
-        k_BGSK,
-        preferred_element_type=jnp.float32,
-    ).reshape(shape_BHTS)
+    q_BGQK = q_BHTK.reshape(*grouped, shape_BHTK[-1])
+    logits_BHTS = scale * _by_head(q_BGQK, k_BGSK.mT).reshape(shape_BHTS)
     if positions.bias_BHTS is not None:
         logits_BHTS = logits_BHTS + positions.bias_BHTS
     slots_S, ids_BT1 = jnp.arange(k_BGSK.shape[2]), positions.ids_BT[:, :, None]
@@ -217,14 +213,32 @@ def plain(
     logits_BHTS = jnp.where(seen_BTS[:, None], logits_BHTS, -1e10)
     max_BHT1 = jax.lax.stop_gradient(logits_BHTS.max(-1, keepdims=True))
     weights_BHTS = jnp.exp(logits_BHTS - max_BHT1)
-    y_BHTK = jnp.einsum(
-        "bgqs,bgsk->bgqk",
-        drop(weights_BHTS).astype(v_BGSK.dtype).reshape(*grouped, shape_BHTS[-1]),
-        v_BGSK,
-        preferred_element_type=jnp.float32,
-    ).reshape(shape_BHTK)
+    kept_BGQS = drop(weights_BHTS).astype(v_BGSK.dtype).reshape(*grouped, shape_BHTS[-1])
+    y_BHTK = _by_head(kept_BGQS, v_BGSK).reshape(shape_BHTK)
     y_BHTK = y_BHTK / weights_BHTS.sum(-1, keepdims=True)
     return y_BHTK.swapaxes(1, 2).astype(v_BSGK.dtype)
+
+
+@jax.custom_vjp
+def _by_head(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Multiply the matrices of each head, summing in float32.
+
+    Backward the gradient is rounded to the factors' dtype, so that all products are of that dtype:
+    of 16 bits and 32, they would be made in 32, without the units that are there for 16.
+    """
+    return jnp.matmul(left, right, preferred_element_type=jnp.float32)
+
+
+def _by_head_backward(
+    factors: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    left, right = factors
+    gradient = gradient.astype(left.dtype)
+    left_gradient, right_gradient = _by_head(gradient, right.mT), _by_head(left.mT, gradient)
+    return left_gradient.astype(left.dtype), right_gradient.astype(right.dtype)
+
+
+_by_head.defvjp(lambda left, right: (_by_head(left, right), (left, right)), _by_head_backward)
 
 
 def cudnn(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, scale: float) -> jax.Array:
