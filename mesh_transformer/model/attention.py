@@ -201,8 +201,8 @@ def plain(
     q_BHTK, k_BGSK, v_BGSK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
     shape_BHTK, shape_BHTS = q_BHTK.shape, (*q_BHTK.shape[:3], k_BGSK.shape[2])
     grouped = (*k_BGSK.shape[:2], -1)  # B G, and the queries of a group
-    q_BGQK = q_BHTK.reshape(*grouped, shape_BHTK[-1])
-    logits_BHTS = scale * _by_head(q_BGQK, k_BGSK.mT).reshape(shape_BHTS)
+    q_BGTK = q_BHTK.reshape(*grouped, shape_BHTK[-1])
+    logits_BHTS = scale * _by_head(q_BGTK, k_BGSK.mT).reshape(shape_BHTS)
     if positions.bias_BHTS is not None:
         logits_BHTS = logits_BHTS + positions.bias_BHTS
     slots_S, ids_BT1 = jnp.arange(k_BGSK.shape[2]), positions.ids_BT[:, :, None]
@@ -213,8 +213,8 @@ def plain(
     logits_BHTS = jnp.where(seen_BTS[:, None], logits_BHTS, -1e10)
     max_BHT1 = jax.lax.stop_gradient(logits_BHTS.max(-1, keepdims=True))
     weights_BHTS = jnp.exp(logits_BHTS - max_BHT1)
-    kept_BGQS = drop(weights_BHTS).astype(v_BGSK.dtype).reshape(*grouped, shape_BHTS[-1])
-    y_BHTK = _by_head(kept_BGQS, v_BGSK).reshape(shape_BHTK)
+    kept_BGTS = drop(weights_BHTS).astype(v_BGSK.dtype).reshape(*grouped, shape_BHTS[-1])
+    y_BHTK = _by_head(kept_BGTS, v_BGSK).reshape(shape_BHTK)
     y_BHTK = y_BHTK / weights_BHTS.sum(-1, keepdims=True)
     return y_BHTK.swapaxes(1, 2).astype(v_BSGK.dtype)
 
