@@ -17,7 +17,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "model model.mup model.initial model.positions model.dropout model.attention model.layers"
-        " model.mixing model.block model.copying model.weights model.loss model.sampling",
+        " model.mixing model.block model.stack model.copying model.weights model.loss"
+        " model.sampling",
     ),
     ("model.encoder model.decoder",),
     (

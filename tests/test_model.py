@@ -252,7 +252,7 @@ def test_each_kind_of_rematerialisation_computes_less_anew_than_the_one_before()
     assert products("none") < products("dots") < products("full")
 
 
-@pytest.mark.parametrize(("remat", "unroll"), [("full", 1), ("dots", 1), ("none", 2)])
+@pytest.mark.parametrize(("remat", "unroll"), [("full", 1), ("dots", 1), ("none", 2), ("full", 2)])
 def test_computing_anew_and_unrolling_change_nothing(remat: str, unroll: int) -> None:
     gradient, logits_BTV = outcome(remat, unroll=unroll)
     expected, expected_BTV = outcome()

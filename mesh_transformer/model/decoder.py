@@ -30,6 +30,7 @@ from mesh_transformer.model.layers import (
 )
 from mesh_transformer.model.loss import TokenLoss, next_token_loss
 from mesh_transformer.model.positions import LearnedPositions, positions_of, sinusoidal
+from mesh_transformer.model.stack import in_turn
 from mesh_transformer.model.weights import cast_at_use
 from mesh_transformer.network import HEAD_QK_FEATURES
 from mesh_transformer.network_rules import is_windowed
@@ -74,18 +75,14 @@ class Decoder(hk.Module):
 
         def block(
             carry: tuple[jax.Array, Cache | None], layer: jax.Array
-        ) -> tuple[tuple[jax.Array, Cache | None], None]:
+        ) -> tuple[jax.Array, Cache | None]:
             x_BTD, cache = carry
             cache = None if cache is None else cache._replace(layer=layer)
             window, keys = window_of(layer, cfg), layer_keys(dropout_key, layer)
-            return Block(cfg, name="block")(x_BTD, positions, cache, window, keys, encoded), None
+            return Block(cfg, name="block")(x_BTD, positions, cache, window, keys, encoded)
 
-        stack = hk.layer_stack(
-            cfg.layers, with_per_layer_inputs=True, unroll=cfg.unroll, name="layers"
-        )
-        (x_BTD, cache), _ = stack(kept_for_backward(block, cfg.remat))(
-            (x_BTD, cache), jnp.arange(cfg.layers)
-        )
+        layer = kept_for_backward(block, cfg.remat)
+        x_BTD, cache = in_turn(layer, (x_BTD, cache), n_layers=cfg.layers, unroll=cfg.unroll)
         if cfg.final_norm:
             x_BTD = Norm(cfg, name="final_norm")(x_BTD)
         # Read outside what backward recomputes: a spread head is then gathered once.
