@@ -86,8 +86,9 @@ class ModelConfig(Section):
             `mup_output_alpha`, of the logits.
         compute_dtype: Of weights in use and activations; master weights are always float32.
         remat: What the backward pass computes anew: whole layers, all but matrix products, nothing.
-        unroll: Layers computed in one round of the loop over layers. More of them run faster on
-            CPUs and take longer to compile.
+        unroll: Layers computed in one round of the loop over layers; all of them need no loop. More
+            run faster on CPUs and take longer to compile, and the compiler may then keep what
+            `remat` says to compute anew.
         attention: Implementation; "auto" takes the best that the device has.
         z_loss: Weight of log(Z)^2 in the training loss, which keeps the logits from drifting.
         dropout_embedding: Share of the numbers of embeddings, positions added, that training sets

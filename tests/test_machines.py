@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 from pathlib import Path
 
@@ -95,15 +96,27 @@ def test_ray_is_not_shown_the_folder_of_the_token_when_it_looks_for_logs(
         assert os.path.isdir(folder) and not os.listdir(folder)
 
 
-def test_a_ray_that_does_not_start_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("raised", "becomes", "told"),
+    [
+        (Exception("The current node timed out"), UserError, "can be started here: The current"),
+        (TypeError("no such argument"), TypeError, "no such argument"),
+    ],
+)
+def test_a_ray_that_does_not_start_is_told_and_a_mistake_of_ours_is_raised(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, becomes: type[Exception], told: str
+) -> None:
     def fails(**_: object) -> None:
-        raise Exception("The current node timed out during startup.")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as Ray has a handler of its own
+        raise raised
 
     monkeypatch.setenv("TPU_LOG_DIR", "")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     monkeypatch.setattr("ray.init", fails)
-    with pytest.raises(UserError, match="no Ray cluster can be started here: The current node"):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(becomes, match=told):
         RayCluster().__enter__()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_hosts_elsewhere_cannot_join_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:

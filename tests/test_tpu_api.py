@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ n_before = len(os.listdir("/proc/self/task"))
 if os.fork() == 0:
     print(n_before, len(os.listdir("/proc/self/task")), flush=True)
     os._exit(0)
-os.wait()
+assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
 """
 
 
@@ -69,8 +70,13 @@ def test_a_driver_that_is_connected_starts_processes_without_threads_of_the_conn
     cloud: Any,
 ) -> None:
     pytest.importorskip("ray")
+    unset = {k: v for k, v in os.environ.items() if k != "GRPC_ENABLE_FORK_SUPPORT"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORKS], capture_output=True, text=True, check=True
+        [sys.executable, "-W", "ignore", "-c", FORKS],
+        env=unset,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     parent, child = map(int, done.stdout.split())
     assert parent > 1, "gRPC has threads"

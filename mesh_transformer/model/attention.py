@@ -200,7 +200,7 @@ def plain(
     """
     q_BHTK, k_BGSK, v_BGSK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
     shape_BHTK, shape_BHTS = q_BHTK.shape, (*q_BHTK.shape[:3], k_BGSK.shape[2])
-    grouped = (*k_BGSK.shape[:2], -1)  # B G, and the queries of a group
+    grouped = (*k_BGSK.shape[:2], -1)  # B G, and for T all tokens of a group's heads
     q_BGTK = q_BHTK.reshape(*grouped, shape_BHTK[-1])
     logits_BHTS = scale * _by_head(q_BGTK, k_BGSK.mT).reshape(shape_BHTS)
     if positions.bias_BHTS is not None:
@@ -221,10 +221,16 @@ def plain(
 
 @jax.custom_vjp
 def _by_head(left: jax.Array, right: jax.Array) -> jax.Array:
-    """Multiply the matrices of each head, summing in float32.
+    """Multiply the matrices of each head, factors of one dtype, summing in float32.
 
     Backward the gradient is rounded to the factors' dtype, so that all products are of that dtype:
     of 16 bits and 32, they would be made in 32, without the units that are there for 16.
+
+    Args:
+        left, right: `BGTK` and `BGKS`, or `BGTS` and `BGSK`.
+
+    Returns:
+        `BGTS` or `BGTK`, float32.
     """
     return jnp.matmul(left, right, preferred_element_type=jnp.float32)
 

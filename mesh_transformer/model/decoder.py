@@ -39,7 +39,7 @@ from mesh_transformer.sharding import shard
 
 @dataclasses.dataclass
 class Decoder(hk.Module):
-    """A stack of blocks between embedding and head; layers are scanned, `unroll` at a time."""
+    """A stack of blocks between embedding and head; layers in a loop, `unroll` a round."""
 
     config: ModelConfig
     name: str | None = None
@@ -81,8 +81,8 @@ class Decoder(hk.Module):
             window, keys = window_of(layer, cfg), layer_keys(dropout_key, layer)
             return Block(cfg, name="block")(x_BTD, positions, cache, window, keys, encoded)
 
-        layer = kept_for_backward(block, cfg.remat)
-        x_BTD, cache = in_turn(layer, (x_BTD, cache), n_layers=cfg.layers, unroll=cfg.unroll)
+        kept = kept_for_backward(block, cfg.remat)
+        x_BTD, cache = in_turn(kept, (x_BTD, cache), n_layers=cfg.layers, unroll=cfg.unroll)
         if cfg.final_norm:
             x_BTD = Norm(cfg, name="final_norm")(x_BTD)
         # Read outside what backward recomputes: a spread head is then gathered once.

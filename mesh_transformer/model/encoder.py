@@ -37,11 +37,11 @@ class Encoder(hk.Module):
         positions = positions_of(jnp.arange(n_slots)[None], n_slots, cfg, both_ways=True)
         positions = positions._replace(seen_BS=seen_BS)
 
-        def block(x_BSD: jax.Array, layer: jax.Array) -> jax.Array:
+        def block(x_BSD: jax.Array, _: jax.Array) -> jax.Array:
             return Block(cfg, name="block")(x_BSD, positions, None)[0]
 
-        layer = kept_for_backward(block, cfg.remat)
-        y_BSD = in_turn(layer, x_BSD, n_layers=cfg.layers, unroll=cfg.unroll)
+        kept = kept_for_backward(block, cfg.remat)
+        y_BSD = in_turn(kept, x_BSD, n_layers=cfg.layers, unroll=cfg.unroll)
         if cfg.final_norm:
             y_BSD = Norm(cfg, name="final_norm")(y_BSD)
         return Encoded(copied(y_BSD), seen_BS)

@@ -128,28 +128,38 @@ class RayCluster:
             UserError: There is no such cluster.
         """
         self._on_sigterm = signal.getsignal(signal.SIGTERM)
+        if self._address is None:
+            _keep_token(self._token)
         try:
-            if self._address is not None:
-                ray.init(address=self._address, logging_level=logging.ERROR)
-            else:
-                _keep_token(self._token)
-                # Ray would show all that libtpu logs, thousands of lines: it is to look elsewhere.
-                nothing = _private_folder() / "empty"
-                nothing.mkdir(exist_ok=True)
-                os.environ["TPU_LOG_DIR"] = str(nothing)
-                ray.init(
-                    address="local",
-                    _node_ip_address=self._here,
-                    _system_config=_SETTINGS,
-                    num_cpus=0,  # no workers are kept for tasks, of which there are none
-                    include_dashboard=False,
-                    logging_level=logging.ERROR,
-                )
-        except Exception as error:  # this very class, where a process of Ray's does not come up
+            self._connect()
+        except Exception as error:
+            self.__exit__()
+            expected = isinstance(error, (ConnectionError, ray.exceptions.RayError))
+            # Ray raises the base class itself where one of its processes does not come up.
+            if not expected and type(error) not in (Exception, RuntimeError):
+                raise
             what = f"answers at {self._address}" if self._address else "can be started here"
             raise UserError(f"no Ray cluster {what}: {error}") from error
         signal.signal(signal.SIGTERM, _end)  # Ray's own handler exits with another status
         return self
+
+    def _connect(self) -> None:
+        if self._address is not None:
+            ray.init(address=self._address, logging_level=logging.ERROR)
+            return
+        # Ray would show all that libtpu logs, thousands of lines: it is to look where nothing is.
+        # That is not the folder of the token, since Ray reads the files that it finds.
+        empty = _private_folder() / "empty"
+        empty.mkdir(exist_ok=True)
+        os.environ["TPU_LOG_DIR"] = str(empty)
+        ray.init(
+            address="local",
+            _node_ip_address=self._here,
+            _system_config=_SETTINGS,
+            num_cpus=0,  # no workers are kept for tasks, of which there are none
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+        )
 
     def __exit__(self, *_: object) -> None:
         ray.shutdown()

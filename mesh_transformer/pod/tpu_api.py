@@ -51,8 +51,10 @@ class _Google(NamedTuple):
 
 
 def _google() -> _Google:
-    # Where gRPC keeps its threads alive across forks, a process that is being started may be shot
-    # by one of them: Ray lost one of its own in an eighth of the starts, and waited for it in vain.
+    # By itself gRPC starts its threads anew in a forked child, where they abort it now and then
+    # before it becomes the program it is to be: in an eighth of its starts Ray lost a process of
+    # its own so, and waited for it in vain. Read once, as gRPC is imported, which is here: nothing
+    # else of the driver uses it before.
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
     try:
         from google.api_core import exceptions
