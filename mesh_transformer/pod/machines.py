@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import logging
 import os
@@ -40,6 +41,11 @@ _SETTINGS = {
     "enable_metrics_collection": False,
     "event_stats": False,
 }
+
+_WHERE_RAY_TELLS = (
+    "Ray did not start. What its processes said is in session_latest/logs of its folder, /tmp/ray "
+    "unless RAY_TMPDIR is set; if they were slow or out of memory, run the same command again"
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -130,16 +136,17 @@ class RayCluster:
         self._on_sigterm = signal.getsignal(signal.SIGTERM)
         if self._address is None:
             _keep_token(self._token)
-        try:
-            self._connect()
-        except Exception as error:
-            self.__exit__()
-            expected = isinstance(error, (ConnectionError, ray.exceptions.RayError))
-            # Ray raises the base class itself where one of its processes does not come up.
-            if not expected and type(error) not in (Exception, RuntimeError):
+        with contextlib.ExitStack() as undone:
+            undone.callback(self.__exit__)
+            try:
+                self._connect()
+            except (ConnectionError, ray.exceptions.RayError) as error:
+                what = f"answers at {self._address}" if self._address else "can be started here"
+                raise UserError(f"no Ray cluster {what}: {error}") from error
+            except Exception as error:
+                error.add_note(_WHERE_RAY_TELLS)
                 raise
-            what = f"answers at {self._address}" if self._address else "can be started here"
-            raise UserError(f"no Ray cluster {what}: {error}") from error
+            undone.pop_all()
         signal.signal(signal.SIGTERM, _end)  # Ray's own handler exits with another status
         return self
 
