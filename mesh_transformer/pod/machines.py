@@ -144,7 +144,8 @@ class RayCluster:
                 what = f"answers at {self._address}" if self._address else "can be started here"
                 raise UserError(f"no Ray cluster {what}: {error}") from error
             except Exception as error:
-                error.add_note(_WHERE_RAY_TELLS)
+                if self._address is None:
+                    error.add_note(_WHERE_RAY_TELLS)
                 raise
             undone.pop_all()
         signal.signal(signal.SIGTERM, _end)  # Ray's own handler exits with another status
