@@ -84,11 +84,13 @@ def deviation(name: str, rows: np.ndarray) -> np.ndarray:
     return np.abs(rows / theirs - 1).max(0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", original.CONTINUED)
 def test_five_more_steps_are_the_original_s(name: str) -> None:
     assert deviation(name, trajectory(name)).max() < TOLERANCE
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name",
     ["E_rmsnorm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("A", "D_fixed"))],
@@ -99,6 +101,7 @@ def test_one_copy_goes_another_way(name: str) -> None:
     assert grad_norm > 0.1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("dp", "mp", "zero_stage"), [(2, 2, 3), pytest.param(2, 4, 1, marks=pytest.mark.slow)]
 )
@@ -106,6 +109,7 @@ def test_a_mesh_and_its_zero_stage_change_nothing(dp: int, mp: int, zero_stage: 
     assert deviation("B_small", trajectory("B_small", dp, mp, zero_stage)).max() < TOLERANCE
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("mesh", "pe", "norm"),
     [
@@ -138,6 +142,7 @@ def metrics(dp: int, mp: int, zero_stage: int, **keys: Any) -> list[dict[str, An
     return seen
 
 
+@pytest.mark.thorough
 def test_the_reported_losses_include_the_z_loss_less_the_largest_logit() -> None:
     shape = (1, 8, small.KEYS["seq"] + 1)
     tokens, weight = small.tokens(*shape), 0.5

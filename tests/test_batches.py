@@ -41,6 +41,7 @@ def test_batches_hold_every_sequence_in_order_across_files_and_epochs() -> None:
 SIZES = [5, 1, 7, 3]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("taken", [0, 1, 3, 4, 7, 11])
 @pytest.mark.parametrize("shape", [(3,), (1, 2), (5, 1, 1)])
 def test_resuming_anywhere_with_any_batch_shape_continues_the_same_order(

@@ -78,6 +78,7 @@ def broken(seed: int = 0) -> Broken:
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("folder", "format"), KINDS, indirect=["folder"])
 def test_every_format_goes_to_a_bucket_and_back(folder: str, format: str, tmp_path: Path) -> None:
     source = made()
@@ -90,6 +91,7 @@ def test_every_format_goes_to_a_bucket_and_back(folder: str, format: str, tmp_pa
     assert (back.counts == source.counts) == (format in ("native", "original"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("folder", "format"), KINDS, indirect=["folder"])
 def test_a_conversion_that_stops_looks_like_nothing_whole_and_runs_again(
     folder: str, format: str
@@ -105,6 +107,7 @@ def test_a_conversion_that_stops_looks_like_nothing_whole_and_runs_again(
     assert storage.files(f"{folder}/it") == storage.files(f"{folder}/other")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("folder", "format"), KINDS, indirect=["folder"])
 def test_a_checkpoint_is_replaced_only_when_asked(folder: str, format: str) -> None:
     before, after = made(0), made(1)
@@ -124,6 +127,7 @@ def test_a_checkpoint_is_replaced_only_when_asked(folder: str, format: str) -> N
     assert storage.files(f"{folder}/it") != storage.files(f"{folder}/it2") or format == "hf"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("ends", [(0, 1), (1, 0)])
 def test_of_two_that_write_one_folder_at_once_neither_leaves_it_whole(
     s3: str, ends: tuple[int, ...]
@@ -152,6 +156,7 @@ def test_what_fails_is_told_although_the_marker_cannot_be_read_then(
         raise ValueError("first")
 
 
+@pytest.mark.thorough
 def test_a_tokenizer_goes_along_from_a_bucket_to_a_bucket_and_to_a_disk(
     remote: str, tmp_path: Path
 ) -> None:
@@ -176,6 +181,7 @@ def test_a_tokenizer_goes_along_from_a_bucket_to_a_bucket_and_to_a_disk(
         tokenizer.load(f"{remote}/nowhere")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("keys", "n_vocab", "told"),
     [
@@ -207,6 +213,7 @@ def test_what_can_be_refused_is_before_a_checkpoint_is_given_up_or_a_weight_read
     assert_same_weights(opening.open_source(opening.find(f"{s3}/it"), None), before)
 
 
+@pytest.mark.thorough
 def test_what_is_no_checkpoint_is_never_replaced(remote: str) -> None:
     """Nor is what has a file by the marker's name, of which nobody knows what it means."""
     for name in ("deep/er/precious", "unfinished"):
@@ -217,6 +224,7 @@ def test_what_is_no_checkpoint_is_never_replaced(remote: str) -> None:
         assert storage.read_text(f"{remote}/{name}") == "mine"
 
 
+@pytest.mark.thorough
 def test_the_checkpoint_that_is_read_is_never_replaced(remote: str) -> None:
     there = convert(made(), f"{remote}/runs/it", "original")
     for output in (f"{remote}/runs/it/", f"{remote}/runs", remote):
@@ -225,6 +233,7 @@ def test_the_checkpoint_that_is_read_is_never_replaced(remote: str) -> None:
     assert_same_weights(convert(there, f"{remote}/runs/it2", "hf"), made())
 
 
+@pytest.mark.thorough
 def test_a_bucket_that_refuses_or_is_missing_is_told_as_such(remote: str, store: Gateway) -> None:
     mistyped = remote.replace("//bucket", "//mistyped")
     for overwrite in (False, True):
@@ -251,6 +260,7 @@ def test_native_is_refused_in_s3_before_anything_is_written(s3: str) -> None:
     assert not storage.exists(s3)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("format", ["hf", "slim"])
 def test_arrays_are_streamed_by_ranges(remote: str, store: Gateway, format: str) -> None:
     """No file is fetched whole, and in all no more than it holds and its header a few times."""

@@ -29,6 +29,7 @@ def written(path: str, data: bytes) -> None:
         file.write(data)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("call", CALLS)
 def test_a_denied_access_is_never_taken_for_nothing(remote: str, store: Gateway, call: str) -> None:
     storage.write_bytes_atomically(f"{remote}/a", b"content")
@@ -75,6 +76,7 @@ def test_s3_s_own_refusal_is_told_as_such(
         asked(port, "POST", "/moto-api/reset-auth", b"inf")
 
 
+@pytest.mark.thorough
 def test_any_bytes_come_back_as_they_were(remote: str) -> None:
     """Also line ends and what looks like a request's own marks, at either end."""
     rng = random.Random(0)
@@ -94,6 +96,7 @@ def test_a_range_beyond_the_end_is_empty(root: str) -> None:
         assert storage.read_into(storage.join(root, "a"), begin, memoryview(bytearray(3))) == 0
 
 
+@pytest.mark.thorough
 def test_a_long_file_goes_out_in_parts_as_it_comes(remote: str, store: Gateway) -> None:
     part = buckets._PART_BYTES
     content = random.Random(0).randbytes(part + 1000)

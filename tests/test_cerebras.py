@@ -142,6 +142,7 @@ def opened(path: str) -> Any:
     return opening.open_source(opening.find(path), None)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("how", ["", "model.", "model"])
 def test_what_its_converter_makes_of_a_model_is_read_as_that_model(
@@ -169,6 +170,7 @@ def test_what_its_converter_makes_of_a_model_is_read_as_that_model(
         np.testing.assert_array_equal(ours[name].numpy(), it.numpy(), err_msg=name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_and_becomes_a_hugging_face_folder_of_it(kind: str, tmp_path: pathlib.Path) -> None:
     folder, expected = write(tmp_path / "zoo", kind)
@@ -181,6 +183,7 @@ def test_and_becomes_a_hugging_face_folder_of_it(kind: str, tmp_path: pathlib.Pa
         np.testing.assert_array_equal(again.read(key), value)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("kind", "given", "scales"),
     [
@@ -235,6 +238,7 @@ def test_what_mup_scales_is_as_if_its_weights_were_so_large(
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.thorough
 def test_what_it_says_that_is_not_computed_is_refused(tmp_path: pathlib.Path) -> None:
     for kind, changed, message in (
         ("gptj", {"position_embedding_type": "alibi"}, "position_embedding_type is .alibi.; com"),

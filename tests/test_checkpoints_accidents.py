@@ -254,6 +254,7 @@ KILLED = """
 """
 
 
+@pytest.mark.thorough
 def test_a_run_killed_at_any_time_goes_on_from_its_last_committed_checkpoint(tmp_path):
     rng = random.Random(os.environ.get("KILL_SEED", "0"))
     committed = 0

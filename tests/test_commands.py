@@ -91,14 +91,15 @@ def checkout(tmp_path: pathlib.Path) -> Checkout:
     return Checkout(tmp_path)
 
 
+QUICK = "-m pytest -m not slow and not thorough -n 2 --dist loadfile"
 FAST = "-m pytest -m not slow -n 2 --dist loadfile"
 
 
 def test_the_project_is_installed_once(checkout: Checkout) -> None:
     assert checkout.run("test").status == 0
-    assert checkout.calls() == ["venv", "pip .[test]", FAST]
+    assert checkout.calls() == ["venv", "pip .[test]", QUICK]
     assert checkout.run("test").status == 0
-    assert checkout.calls() == [FAST]
+    assert checkout.calls() == [QUICK]
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
@@ -110,7 +111,7 @@ def test_changed_requirements_are_installed_into_the_same_environment(
     with open(checkout.root / name, "a") as file:
         file.write("# changed\n")
     checkout.run("test")
-    assert checkout.calls() == ["pip .[test]", FAST]
+    assert checkout.calls() == ["pip .[test]", QUICK]
 
 
 def test_a_moved_project_is_installed_again(checkout: Checkout) -> None:
@@ -118,13 +119,13 @@ def test_a_moved_project_is_installed_again(checkout: Checkout) -> None:
     checkout.calls()
     checkout.root = checkout.root.rename(checkout.root.parent / "elsewhere")
     checkout.run("test")
-    assert checkout.calls() == ["pip .[test]", FAST]
+    assert checkout.calls() == ["pip .[test]", QUICK]
 
 
 def test_extras_add_up(checkout: Checkout) -> None:
     for extras in ("test", "test,parity", "test"):
         checkout.run("test", EXTRAS=extras)
-    assert checkout.calls() == ["venv", "pip .[test]", FAST, "pip .[test,parity]", FAST, FAST]
+    assert checkout.calls() == ["venv", "pip .[test]", QUICK, "pip .[test,parity]", QUICK, QUICK]
 
 
 def test_an_unfinished_installation_is_begun_anew(checkout: Checkout) -> None:
@@ -135,7 +136,7 @@ def test_an_unfinished_installation_is_begun_anew(checkout: Checkout) -> None:
     assert checkout.calls() == ["venv", "pip .[test]"]
     failing.unlink()
     assert checkout.run("test").status == 0
-    assert checkout.calls() == ["venv", "pip .[test]", FAST]
+    assert checkout.calls() == ["venv", "pip .[test]", QUICK]
 
 
 def test_a_folder_that_is_someone_elses_is_left_alone(checkout: Checkout) -> None:
@@ -163,6 +164,14 @@ def test_an_unusable_python_is_named_with_the_reason(
 def test_a_missing_python_is_reported(checkout: Checkout) -> None:
     done = checkout.run("test", PYTHON="no-such-python")
     assert done.status == 1 and "nothing named no-such-python" in done.told
+
+
+def test_without_arguments_thorough_tests_are_left_out_and_with_any_they_are_not(
+    checkout: Checkout,
+) -> None:
+    checkout.run("test")
+    checkout.run("test", "--all")
+    assert checkout.calls()[2:] == [QUICK, FAST, "-m pytest -m slow"]
 
 
 def test_arguments_go_to_pytest(checkout: Checkout) -> None:

@@ -275,6 +275,7 @@ def test_replicas_refuse_devices_that_cannot_share_a_zero_stage() -> None:
     assert configuration.parse(MINIMAL | {"zero_stage": 0}).replicas(3) == 3
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore::mesh_transformer.config.ConfigWarning")
 def test_flat_keys_round_trip_for_any_valid_configuration() -> None:
     rng = random.Random(0)

@@ -66,6 +66,7 @@ def without_embedding_bias(source: memory_source.MemorySource) -> memory_source.
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("first", "second"), [*itertools.product(FORMATS, FORMATS)])
 def test_any_format_becomes_any_other_and_keeps_every_bit(
     tmp_path: Path, first: str, second: str
@@ -92,6 +93,7 @@ def worker_of(config: Config, dp: int, mp: int, **keys: Any) -> Worker:
     return Worker(dataclasses.replace(config, mesh=mesh), jax.devices()[: dp * mp])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "size"), original_steps.STEPS)
 def test_every_token_of_a_checkpoint_has_the_loss_that_the_original_gave_it(
     name: str, size: str
@@ -109,6 +111,7 @@ def test_every_token_of_a_checkpoint_has_the_loss_that_the_original_gave_it(
         np.testing.assert_array_equal(seen.correct_BT, record["correct"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["E_scalenorm", "E_layernorm-nobias"])
 def test_greedy_tokens_of_a_checkpoint_are_the_original_s(name: str) -> None:
     step, run = original_steps.find(name, "full"), golden.load(name)
@@ -125,6 +128,7 @@ def test_greedy_tokens_of_a_checkpoint_are_the_original_s(name: str) -> None:
     assert generation.tokens == [expected[:n_new].tolist()]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_run_is_tuned_from_any_format_on_a_mesh(tmp_path: Path, format: str) -> None:
     config = small.parsed(model_dir=str(tmp_path / "new"))
@@ -155,6 +159,7 @@ def test_a_run_is_tuned_from_any_format_on_a_mesh(tmp_path: Path, format: str) -
     assert any(np.asarray(leaf).any() for leaf in moments) == kept
 
 
+@pytest.mark.thorough
 def test_a_padded_vocabulary_gives_the_same_losses_and_is_cut_again(tmp_path: Path) -> None:
     config = small.parsed(n_tokens=60)
     source = without_embedding_bias(memory_source.of_model(config.model))

@@ -53,6 +53,7 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
     return runs.Run(path, folder / "step_7", folder / "compiled")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("format", "overwrite"),
     [
@@ -99,6 +100,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_runs_again(
             np.testing.assert_array_equal(found.read(key), wanted.read(key).astype(array.dtype))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "stopped_at", ["begin", "rename 1", "rename 2", "mark", "marking", "removal"]
 )
@@ -203,6 +205,7 @@ def files_end_at(n_bytes: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, before)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("format", "overwrite"), [*((format, False) for format in FORMATS), ("slim", True)]
 )
@@ -299,6 +302,7 @@ def test_only_checkpoints_are_replaced_and_never_the_one_that_is_read(tmp_path: 
     assert contents(tmp_path) == before
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("format", "at", "more", "told"),
     [

@@ -75,6 +75,7 @@ def assert_same(found: Source, wanted: Source, dtype: str = "float32") -> None:
             )
 
 
+@pytest.mark.thorough
 def test_a_run_is_resharded_verified_and_says_so(
     run: Run, tmp_path: Path, command: Command
 ) -> None:
@@ -127,6 +128,7 @@ def test_a_folder_of_the_original_becomes_a_run_and_hf_refuses_its_norm(
     assert not list(tmp_path.glob("hf*"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name",
     [
@@ -162,6 +164,7 @@ def test_a_run_of_the_original_goes_on_here_as_it_would_have_gone_there(
     np.testing.assert_allclose(seen, theirs.arrays["later_metrics"][:, :3], rtol=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["run", "theirs"])
 def test_slim_model_takes_the_flags_of_the_original(
     run: Run, tmp_path: Path, command: Command, name: str
@@ -185,6 +188,7 @@ def test_slim_model_takes_the_flags_of_the_original(
     assert absent.status == 1 and "step_3 does not exist; needed is" in absent.told
 
 
+@pytest.mark.thorough
 def test_to_hf_weights_takes_the_flags_of_the_original(
     run: Run, tmp_path: Path, command: Command
 ) -> None:

@@ -50,6 +50,7 @@ def made_files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name != "input.txt")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", SETS)
 def test_the_sequences_are_those_of_the_original(tmp_path: Path, name: str) -> None:
     args = {

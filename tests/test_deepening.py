@@ -144,6 +144,7 @@ def test_checkpoints_of_different_models_have_no_mean() -> None:
     ]
 
 
+@pytest.mark.thorough
 def test_the_command_averages_and_deepens(root: Path, command: Callable[..., Ended]) -> None:
     inputs = (root / "run20" / "checkpoints" / "step_20", root / "run40")
     output = root / "deep"

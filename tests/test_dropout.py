@@ -57,6 +57,7 @@ def test_attention_drops_weights_after_their_softmax() -> None:
     np.testing.assert_allclose(y_BTHK, expected_BTHK, rtol=0, atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("key", "residual"),
     [*((key, "parallel") for key in RATES), ("dropout_residual", "sequential")],
@@ -110,6 +111,7 @@ def test_every_microbatch_of_every_replica_and_step_has_a_key_of_its_own() -> No
     assert dropout_keys(small.parsed(), jnp.int32(0), 3) is None
 
 
+@pytest.mark.thorough
 def test_masks_are_the_same_however_the_model_is_spread_and_differ_by_step() -> None:
     """Two replicas, each whole or over two devices, with nothing or everything spread over them."""
     seen = []

@@ -47,6 +47,7 @@ def with_weights(worker: Any, params: Any) -> Any:
     return worker
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "mesh",
@@ -75,6 +76,7 @@ def test_a_mesh_trains_as_one_device(mesh: tuple[int, int, int], name: str) -> N
         assert np.any(leaf), f"{jax.tree_util.keystr(path)} has no gradient"
 
 
+@pytest.mark.thorough
 def test_an_encoder_sees_all_tokens_but_padding_and_a_decoder_those_before() -> None:
     name = "t5 v1.1"
     config, params = config_of(name), jax.device_put(sharp(name))
@@ -106,6 +108,7 @@ def test_an_encoder_sees_all_tokens_but_padding_and_a_decoder_those_before() -> 
     np.testing.assert_allclose(shorter, before, rtol=0, atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_is_not_scored_and_a_mask_leaves_out_more(name: str) -> None:
     config = config_of(name)
@@ -145,6 +148,7 @@ def test_what_does_not_fit_is_refused() -> None:
         worker.evaluate(np.zeros((1, 37), np.int32), np.ones((1, 36)))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 def test_decoding_on_any_mesh_equals_computing_every_token_anew(name: str) -> None:
     config, params = config_of(name), sharp(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import pytest
 import small
 from compiled import Program
 from test_communication import FAST
@@ -16,6 +17,7 @@ SIZES = {"d_model": D, "d_head": 16, "d_ff": 192, "n_vocab": V, "encoder_seq": S
 BTD, BSD = f"f32[{B},{T},{D}]", f"f32[{B},{S},{D}]"
 
 
+@pytest.mark.thorough
 def test_a_layer_exchanges_one_tensor_more_for_what_it_reads_of_the_encoder() -> None:
     """Backward too: the gradients of all layers' keys and values are summed together, once.
 

@@ -63,6 +63,7 @@ def written(folder: pathlib.Path, source: MemorySource, model: ModelConfig) -> s
     return str(folder)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", N_PARAMETERS)
 def test_published_models_are_read_with_their_published_number_of_parameters(name: str) -> None:
     keys = config_keys(published(name))
@@ -216,6 +217,7 @@ def test_a_family_has_every_array_of_its_models_once(family: Any) -> None:
     assert set(vars(model)) >= {*spoken_of, *family.ours}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_what_is_written_is_read_again_bit_by_bit(family: Any, tmp_path: pathlib.Path) -> None:
     model = as_family(family)
@@ -286,6 +288,7 @@ class Zeros(MemorySource):
         return np.zeros_like(self.contents[key])
 
 
+@pytest.mark.thorough
 def test_three_arrays_in_one_take_no_more_memory_than_two_of_it(tmp_path: pathlib.Path) -> None:
     shape = {"d_model": 768, "d_ff": 64, "residual": "parallel-untied", "pe_rotary_dims": 2}
     model = a_model(GPT_NEOX, **shape, qkv_bias=True, o_bias=True, activation="gelu")
@@ -361,6 +364,7 @@ def test_an_embedding_bias_is_added_to_the_table_where_the_head_is_another(
     np.testing.assert_array_equal(found.read(table), expected)
 
 
+@pytest.mark.thorough
 def test_rows_that_pad_a_vocabulary_get_no_probability(tmp_path: pathlib.Path) -> None:
     """Of a head without a bias, tied or not, as long as the configuration says which they are."""
     tokens_BT1 = small.tokens(2, 17) % 60

@@ -31,6 +31,7 @@ def a_run(seq: int, **keys: Any) -> Config:
     return small.parsed(**{**small.VARIANTS["gpt2"], "seq": seq, **keys})
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("pe_offset", [0, 2])
 def test_the_first_positions_are_taken_of_a_table_that_is_longer(
     pe_offset: int, caplog: pytest.LogCaptureFixture
@@ -76,6 +77,7 @@ def test_positions_that_were_not_learned_are_not_made_up() -> None:
     assert str(error.value) == told
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("format", ["native", "hf"])
 def test_a_model_is_tuned_at_a_shorter_length(format: str, tmp_path: Path) -> None:
     run, old = a_run(SHORT, model_dir=str(tmp_path / "new")), a_run(LONG)
@@ -102,6 +104,7 @@ def written(tmp_path: Path, source: MemorySource, config: Config, n_vocab: int |
     return folder
 
 
+@pytest.mark.thorough
 def test_padding_without_a_bias_is_not_exported_unless_it_is_asked_for(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

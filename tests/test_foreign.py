@@ -110,6 +110,7 @@ def convert(model: ModelConfig, source: Any, target: pathlib.Path, format: str, 
     return opening.open_source(opening.find(str(target)), needed)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("format", "kind"), [(format, kind) for format, kinds in KINDS.items() for kind in kinds]
 )
@@ -143,6 +144,7 @@ def test_what_is_written_is_read_as_it_was(format: str, kind: str, tmp_path: pat
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("format", FOREIGN)
 def test_it_replaces_nothing_unasked_and_is_replaced_when_asked(
     format: str, tmp_path: pathlib.Path
@@ -291,6 +293,7 @@ def test_the_command_offers_each_format() -> None:
     assert f"formats = ({', '.join(map(json.dumps, names))})" in text
 
 
+@pytest.mark.thorough
 def test_what_is_beside_weights_says_what_the_programs_need(tmp_path: pathlib.Path) -> None:
     model = ModelConfig(**KINDS["jaxseq"]["LLaMA, padded"])
     convert(model, source_of(model), tmp_path / "jaxseq", "jaxseq")

@@ -81,6 +81,7 @@ def assert_same_arrays(a: Source, b: Source) -> None:
         assert a.read(key).tobytes() == b.read(key).tobytes(), key
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("cores", [1, 2, 3, 4, 8])
 def test_any_model_comes_back_from_any_number_of_cores(tmp_path: Path, cores: int) -> None:
     rng = np.random.default_rng(cores)
@@ -100,6 +101,7 @@ def test_any_model_comes_back_from_any_number_of_cores(tmp_path: Path, cores: in
         assert_same_arrays(fused.Fused(str(folder), model, cores), source)
 
 
+@pytest.mark.thorough
 def test_it_is_tuned_converted_and_verified(tmp_path: Path) -> None:
     run = run_config(model_dir=str(tmp_path / "new"))
     source = opening.open_source(opening.find(str(RUN)), run.model, CORES)
@@ -246,6 +248,7 @@ def test_other_numbers_and_shapes_of_arrays_are_told(step: Path) -> None:
         opened(step)
 
 
+@pytest.mark.thorough
 def test_a_flipped_bit_of_any_layer_is_found(step: Path) -> None:
     path = step / "params" / "shard_0.npz"
     pristine = path.read_bytes()

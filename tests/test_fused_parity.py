@@ -37,6 +37,7 @@ def losses(compute_dtype: str, mp: int = 1) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(seen.loss_BT, np.float64), np.asarray(seen.correct_BT)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mp", [1, 2])
 def test_every_token_has_the_loss_that_the_original_gave_it(mp: int) -> None:
     """But for one number: it added its z-loss, a mean over all tokens, in evaluation too."""
@@ -49,6 +50,7 @@ def test_every_token_has_the_loss_that_the_original_gave_it(mp: int) -> None:
     np.testing.assert_array_equal(correct_BT, theirs["eval_f32_correct"])
 
 
+@pytest.mark.thorough
 def test_in_bfloat16_losses_are_as_near_as_its_rounding_leaves_them() -> None:
     """Both round activations, at other places: each is away from float32 by its own rounding."""
     theirs = record()
@@ -85,6 +87,7 @@ def restored(run: Config) -> tuple[Steps, TrainState]:
     return steps, TrainState(jnp.int32(source.step), params, opt_state)
 
 
+@pytest.mark.thorough
 def test_five_more_steps_by_the_original_s_own_rules_are_the_original_s() -> None:
     """Our gradients, optimizer and restored state, and the two rules of its that we do not keep.
 
@@ -128,6 +131,7 @@ def test_five_more_steps_by_the_original_s_own_rules_are_the_original_s() -> Non
     np.testing.assert_allclose(np.array(rows, np.float64), later_losses(), rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_five_more_steps_by_our_rules_stay_beside_the_original_s() -> None:
     """With `original_shards` 1. The first loss, before any update, is the same.
 

@@ -46,6 +46,7 @@ def opened(path: str) -> Any:
     return opening.open_source(opening.find(path), None)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_file_is_the_model_that_it_was_made_of(kind: str, tmp_path: pathlib.Path) -> None:
     path, expected = write(tmp_path / "model.gguf", kind)
@@ -58,6 +59,7 @@ def test_a_file_is_the_model_that_it_was_made_of(kind: str, tmp_path: pathlib.Pa
         assert source.read(key).tobytes() == expected.contents[key].tobytes(), key
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", ["F16", "BF16", "Q8_0"])
 def test_quantised_numbers_are_those_that_they_stand_for(how: str, tmp_path: pathlib.Path) -> None:
     path, expected = write(tmp_path / "model.gguf", "gpt2", how)
@@ -90,6 +92,7 @@ def test_a_llama_becomes_the_hugging_face_folder_that_it_was(tmp_path: pathlib.P
         np.testing.assert_array_equal(again.read(key), expected.contents[key])
 
 
+@pytest.mark.thorough
 def test_what_a_file_says_that_is_not_computed_is_refused(tmp_path: pathlib.Path) -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"general.architecture": "falcon"}, "of the architecture 'falcon'; of GGUF files are re"),

@@ -154,6 +154,7 @@ def test_models_that_transformers_does_not_have_are_refused_with_every_reason() 
     ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", range(9))
 def test_what_is_written_in_files_of_any_size_is_read_again(
     seed: int, tmp_path: pathlib.Path
@@ -238,6 +239,7 @@ class Forgetful(MemorySource):
         return np.ones(self.shapes[key], np.float32)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_never_more_than_two_arrays_are_in_memory(
     dtype: np.dtype[Any], tmp_path: pathlib.Path

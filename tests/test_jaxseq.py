@@ -158,6 +158,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("name", ["params", "train_state"])
 def test_flax_s_names_hold_what_pytorch_s_do(kind: str, name: str, tmp_path: pathlib.Path) -> None:
@@ -208,6 +209,7 @@ def assert_written_again(
     assert dict(opened(str(tmp_path / "again")).known) == dict(source.known)
 
 
+@pytest.mark.thorough
 def test_a_padded_vocabulary_gets_no_probability(tmp_path: pathlib.Path) -> None:
     held, config = llama_weights(), {**LLAMA, "unpadded_vocab_size": 27}
     folder = write(tmp_path / "theirs", config, held)

@@ -54,6 +54,7 @@ def trained(dp: int = 1, mp: int = 1, **keys: Any) -> tuple[Any, list[float]]:
     return jax.device_get(state.params), losses
 
 
+@pytest.mark.thorough
 def test_a_model_that_is_its_own_base_is_in_the_standard_parametrisation_bit_for_bit() -> None:
     """Its first weights and its training step are computed by the very same programs."""
 
@@ -124,6 +125,7 @@ def test_logits_are_scaled_before_their_bias() -> None:
     np.testing.assert_allclose(ours, 2.5 * (theirs - bias_V) + bias_V, rtol=0, atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("dp", "mp", "zero_stage"), [(2, 4, 3), pytest.param(4, 2, 1, marks=pytest.mark.slow)]
 )
@@ -134,6 +136,7 @@ def test_every_mesh_trains_as_one_device(dp: int, mp: int, zero_stage: int) -> N
     np.testing.assert_allclose(here, alone, rtol=0, atol=2e-5)
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None:
     config = small.parsed(model_dir=str(tmp_path), **BASE)
     through, _ = trained(**BASE)

@@ -21,6 +21,7 @@ def copied(source: str, target: str) -> None:
         storage.write_bytes_atomically(storage.join(target, name), content)
 
 
+@pytest.mark.thorough
 def test_a_run_saves_goes_on_and_deletes_what_is_superseded(gs: str) -> None:
     first, second = state_on(mesh(2, 4)), state_on(mesh(2, 4), seed=1)
     with Checkpoints(gs, keep_n=2) as checkpoints:

@@ -82,6 +82,7 @@ def by_layer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 # Writing
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("on", [(1, 1), (2, 4)])
 @pytest.mark.usefixtures("by_layer")
 def test_what_is_written_layer_by_layer_is_what_a_run_saves(
@@ -105,6 +106,7 @@ def test_what_is_written_layer_by_layer_is_what_a_run_saves(
         assert sorted((folder / name).read_text()) == sorted((theirs / name).read_text())
 
 
+@pytest.mark.thorough
 def test_weights_alone_are_written_and_read_and_are_no_run_to_go_on(tmp_path: Path) -> None:
     state, folder = trained(), str(tmp_path / "step_0")
     native_writer.write(folder, Held(state), extra={}, dtype=BFLOAT16, moments=False)
@@ -118,6 +120,7 @@ def test_weights_alone_are_written_and_read_and_are_no_run_to_go_on(tmp_path: Pa
     assert NativeSource(folder).counts is None
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_weights_are_widened_when_asked_for_by_name_and_never_narrowed(
     tmp_path: Path, dtype: Any
@@ -159,6 +162,7 @@ def test_a_write_that_fails_leaves_nothing_and_overwrites_nothing(tmp_path: Path
         native_writer.write(str(folder), Held(trained()), extra={})
 
 
+@pytest.mark.thorough
 def test_what_is_being_written_is_waited_for_when_something_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +219,7 @@ def test_stacked_layers_are_cut_apart_on_the_disk_on_every_mesh(tmp_path: Path) 
         assert shape == (1, *placed.sharding.shard_shape(placed.shape)[1:])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [np.float32, np.int32, BFLOAT16, np.bool_])
 def test_parts_add_up_to_the_fingerprint_of_the_whole(
     dtype: Any, monkeypatch: pytest.MonkeyPatch
@@ -276,6 +281,7 @@ def test_damage_that_files_do_not_tell_is_named_by_all_arrays_it_is_in(
     assert all(f"{path} (changed)" in str(told.value) for path in damaged)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", ["cut", "flipped", "missing"])
 @pytest.mark.parametrize("listed", [True, False], ids=["checksums", "lengths"])
 def test_every_kind_of_damaged_file_is_refused_as_damage(
@@ -357,6 +363,7 @@ MEASURED = """
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells of peak memory")
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     """Sixteen layers of 64 MB take less than five beyond what one took."""

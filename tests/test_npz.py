@@ -14,6 +14,7 @@ from mesh_transformer.checkpoints.layout import CheckpointError
 CONTENTS = [np.arange(5, dtype=np.float32), np.array(7), np.ones((2, 3), np.float16)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_whatever_is_damaged_is_told_by_name_or_of_no_matter(save: object, tmp_path: Path) -> None:
     path = tmp_path / "0.npz"

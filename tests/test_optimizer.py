@@ -48,6 +48,7 @@ def gpt3_schedule(count: np.ndarray, config: OptimizerConfig) -> np.ndarray:
     return warmed * config.lr - drop
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("warmup", "anneal"), [(1, 1), (3, 7), (10, 100), (3000, 300000)])
 def test_the_learning_rate_is_gpt3_s_at_every_count(warmup: int, anneal: int) -> None:
     config = configured(warmup_steps=warmup, anneal_steps=anneal, lr=1.2e-4, end_lr=1.2e-5)

@@ -73,6 +73,7 @@ def assert_same_arrays(a: Source, b: Source, ulps: float = 0) -> None:
             np.testing.assert_allclose(x, y, rtol=ulps * eps, atol=least, err_msg=str(key))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "size"), original_steps.STEPS)
 def test_a_checkpoint_of_the_original_is_read_and_written_as_the_same_files(
     tmp_path: Path, name: str, size: str
@@ -100,6 +101,7 @@ def test_arrays_are_in_the_order_of_the_original(name: str, size: str) -> None:
     assert shapes == [leaf["shape_per_shard"] for leaf in step.leaves]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "size"), original_steps.STEPS)
 def test_weights_are_merged_by_name(name: str, size: str) -> None:
     """Against the merge that the parity tests use, which is written apart from the library."""
@@ -126,6 +128,7 @@ def test_weights_are_merged_by_name(name: str, size: str) -> None:
         np.testing.assert_allclose(ours.astype(np.float32), whole, rtol=eps, atol=0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "size"),
     [
@@ -148,6 +151,7 @@ def test_other_numbers_of_shards_and_back_are_the_identity(
         assert_same_files(back, step.folder)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("norm", "pe"),
     [
@@ -256,6 +260,7 @@ def opened(folder: Path, **keys: Any) -> Source:
     return original.Original(str(folder), small.parsed(**keys).model)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
@@ -354,6 +359,7 @@ def test_a_file_that_is_cut_off_is_named(step: Path) -> None:
         opened(step)
 
 
+@pytest.mark.thorough
 def test_a_flipped_bit_is_found_wherever_it_is(step: Path) -> None:
     path = step / "shard_1" / "12.npz"
     pristine = path.read_bytes()

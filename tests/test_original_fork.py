@@ -139,6 +139,7 @@ def expected_arrays(kind: str, source: Any) -> dict[Key, np.ndarray]:
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_its_other_models_are_read(kind: str, tmp_path: Path) -> None:
     folder, expected, model = write(tmp_path / "step_3", kind)
@@ -169,6 +170,7 @@ def test_another_model_s_configuration_is_refused(tmp_path: Path) -> None:
         opening.open_source(found, wide)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_its_other_models_are_written_as_its_converters_make_them(
     kind: str, tmp_path: Path

@@ -66,6 +66,7 @@ def computed(name: str) -> tuple[TokenLoss, Any]:
     return jax.device_get((seen, gradient))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", RUNS)
 def test_every_token_has_the_loss_that_the_original_gave_it(name: str) -> None:
     seen, _ = computed(name)
@@ -80,6 +81,7 @@ def test_the_same_tokens_are_predicted_correctly(name: str) -> None:
     np.testing.assert_array_equal(seen.correct_BT, original.load(name).arrays["correct"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["A", "B_small", "C_t5", "D_fixed"])
 def test_a_slim_checkpoint_gives_every_token_the_loss_that_the_original_gave_it(name: str) -> None:
     """The original's record of rounded weights; its activations are float32, as ours are here."""
@@ -106,6 +108,7 @@ def test_the_gradient_is_the_original_s(name: str) -> None:
     small.assert_close(ours, original.load(name).gradient(), 1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", CONTINUED)
 def test_greedy_continuations_are_the_original_s(name: str) -> None:
     run = original.load(name)

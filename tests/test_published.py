@@ -77,6 +77,7 @@ def test_a_file_is_the_model_that_its_config_json_describes(path: pathlib.Path) 
     assert ours == theirs
 
 
+@pytest.mark.thorough
 @every_file
 def test_a_file_has_the_published_number_of_parameters(path: pathlib.Path) -> None:
     """By the shapes of the train state, spread as the file says over no more than 8 devices."""

@@ -53,6 +53,7 @@ def test_text_is_decoded_as_the_file_declares(tmp_path: pathlib.Path) -> None:
     ]
 
 
+@pytest.mark.thorough
 def test_the_standard_library_gives_enough_text(tmp_path: pathlib.Path) -> None:
     quickstart_data.main([str(tmp_path)])
     assert (tmp_path / "train.jsonl").stat().st_size > 5e6

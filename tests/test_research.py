@@ -8,6 +8,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import small
 
 from mesh_transformer.model.copying import HeadQK, Pointers, copied
@@ -106,6 +107,7 @@ def test_logits_of_a_whole_model_are_those_of_its_formulas() -> None:
     np.testing.assert_allclose(found_BTV[0], expected_TV, rtol=0, atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_head_qk_adds_its_products_to_the_logits_of_the_tokens_before() -> None:
     d_model, n_vocab, length = 32, 64, 7
     x_BTD = NORMAL(size=(2, length, d_model)).astype(np.float32)

@@ -117,6 +117,7 @@ def test_a_run_killed_while_saving_then_stopped_in_a_step_ends_as_if_never_stopp
     assert_as_if_never_stopped(run, spread)
 
 
+@pytest.mark.thorough
 def test_a_run_whose_newest_checkpoint_is_damaged_ends_as_if_it_had_not_been(spread: Run) -> None:
     """The one before is taken, and what was logged after that is logged anew."""
     run = spread.but("damaged")

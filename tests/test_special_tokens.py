@@ -205,6 +205,7 @@ def test_an_end_that_is_no_token_id_is_refused(wrong: object, tmp_path: pathlib.
         huggingface.end_ids(folder)
 
 
+@pytest.mark.thorough
 def test_sampling_stops_at_the_model_s_own_ends(tmp_path: pathlib.Path) -> None:
     greedy = Sampling(temperature=0)
     folder = a_model(tmp_path)
@@ -222,6 +223,7 @@ def test_sampling_stops_at_the_model_s_own_ends(tmp_path: pathlib.Path) -> None:
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("config_eos", "generation", "ids"),
     [

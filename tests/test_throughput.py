@@ -108,6 +108,7 @@ def operations_of_products(jaxpr: Any) -> int:
     return total
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("variant", ["", *small.VARIANTS, *small.ENCODER_DECODERS])
 def test_what_a_model_costs_is_what_its_program_multiplies(variant: str) -> None:
     """Forward and backward, nothing recomputed; the program masks a window, which costs it all."""

@@ -116,6 +116,7 @@ def test_credentials_without_a_project_are_not_enough(monkeypatch: pytest.Monkey
         tpu_api.connect("us-central1-a")
 
 
+@pytest.mark.thorough
 def test_after_a_lost_reply_the_slice_is_not_created_twice(cloud: Any, time: Time) -> None:
     for code in (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED):
         cloud.faults["CreateNode"] = [fake.Fault(code, done=True)]

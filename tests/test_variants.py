@@ -37,6 +37,7 @@ def variant(request: pytest.FixtureRequest) -> str:
     return name
 
 
+@pytest.mark.thorough
 def test_a_mesh_trains_as_one_device(variant: str) -> None:
     """Everything is spread; the second step sees what the first made of the weights."""
     seen = []
@@ -63,6 +64,7 @@ def test_a_mesh_trains_as_one_device(variant: str) -> None:
         assert np.any(leaf) or starts_idle, f"{jax.tree_util.keystr(path)} has no gradient"
 
 
+@pytest.mark.thorough
 def test_decoding_on_any_mesh_equals_computing_every_token_anew(variant: str) -> None:
     config = small.parsed(**small.VARIANTS[variant]).model
     params = jax.tree.map(lambda leaf: np.asarray(leaf) * 2, small.start(variant=variant).params)
@@ -96,6 +98,7 @@ def trained_and_continued(dp: int, mp: int, **keys: Any) -> tuple[Any, Any, Any]
     return (float(metrics["loss"]), float(metrics["grad_norm"])), gradients, said
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("dp", "mp", "n_heads", "n_kv_heads", "d_head"),
     [

@@ -172,6 +172,7 @@ def test_a_list_of_files_that_is_cut_short_is_damage(run: tuple[Worker, Path]) -
                 worker.restore(3)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_converted_weights_are_tuned_and_sampled_from_in_float32(
     run: tuple[Worker, Path], tmp_path: Path, dtype: str
@@ -196,6 +197,7 @@ def test_converted_weights_are_tuned_and_sampled_from_in_float32(
     assert_equal(reading.state.params, wanted)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("read", ["restore", "tune_from", "load_weights"])
 def test_a_key_that_a_checkpoint_is_older_than_had_its_default(
     run: tuple[Worker, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, read: str

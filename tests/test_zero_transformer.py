@@ -142,6 +142,7 @@ def opened(path: str, model: ModelConfig) -> Any:
     return opening.open_source(opening.find(path), model)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_flax_has_packed_computes_the_same_here(kind: str, tmp_path: pathlib.Path) -> None:
     held, model = weights(**KINDS[kind]), model_of(**KINDS[kind])
@@ -183,6 +184,7 @@ def test_a_training_state_is_read_without_its_optimizer(tmp_path: pathlib.Path) 
     np.testing.assert_array_equal(source.read(key), expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["ZeRO-transformer", "with biases", "one norm a block"])
 def test_the_export_to_pytorch_holds_the_same(kind: str, tmp_path: pathlib.Path) -> None:
     torch: Any = pytest.importorskip("torch", reason="reads and writes PyTorch's own files")

@@ -123,6 +123,7 @@ def test_logits_are_those_of_transformers() -> None:
     np.testing.assert_allclose(logits_BTV, theirs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_loss_and_gradients_are_those_of_pytorch() -> None:
     peer, tokens_BT1 = Peer(), jnp.asarray(BATCHES[0, 0])
     model = make_model(small.parsed(**KEYS).model)
@@ -138,6 +139,7 @@ def test_loss_and_gradients_are_those_of_pytorch() -> None:
     small.assert_close(gradient, peer.tree("grad"), 1e-5)
 
 
+@pytest.mark.thorough
 def test_optimizer_steps_are_those_of_pytorch_s_adamw() -> None:
     peer = Peer()
     config = small.parsed(**KEYS)

@@ -53,6 +53,7 @@ def config_of(folder: str, cores: int) -> Config:
     return parse(flat | {"compute_dtype": "float32", "cores_per_replica": cores, "zero_stage": 0})
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", PEERS)
 def test_logits_are_those_of_transformers(name: str, folders: Any) -> None:
     source = HuggingFace(folders(name))
@@ -71,6 +72,7 @@ def test_logits_are_those_of_transformers(name: str, folders: Any) -> None:
     assert source.known["seq"] == peers.SEQ
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name",
     [
@@ -92,6 +94,7 @@ def test_losses_on_a_mesh_are_those_of_transformers(name: str, folders: Any) -> 
     np.testing.assert_array_equal(seen.correct_BT, theirs_BTV.argmax(-1) == targets_BT)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=str)
 @pytest.mark.parametrize("name", PEERS)
 def test_greedy_decoding_is_that_of_transformers(
@@ -105,6 +108,7 @@ def test_greedy_decoding_is_that_of_transformers(
         assert found == peers.continued(model_of(name), prompt, N_NEW)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", PEERS)
 def test_no_bit_changes_on_the_way_here_and_back(
     name: str, folders: Any, tmp_path: pathlib.Path

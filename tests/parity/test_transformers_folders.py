@@ -137,6 +137,7 @@ def load(folder: str, **how: Any) -> Any:
     return model.eval()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", FORMATS)
 def test_what_transformers_saves_computes_the_same_here(how: str, tmp_path: pathlib.Path) -> None:
     model = theirs()
@@ -268,6 +269,7 @@ def test_transformers_generates_from_what_is_written(tmp_path: pathlib.Path) -> 
     assert peer.generate(**asked, max_new_tokens=3, min_new_tokens=3).shape == (1, 6)
 
 
+@pytest.mark.thorough
 def test_a_model_that_is_trained_here_computes_the_same_there(tmp_path: pathlib.Path) -> None:
     keys = {"train_set": "absent", "val_batches": 0, "model_dir": str(tmp_path / "run")}
     run = config.parse(runs.KEYS | keys)

@@ -48,6 +48,7 @@ def written(folder: pathlib.Path, kind: str, how: str) -> str:
     return str(folder)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", ["F32", "F16", "Q8_0"])
 @pytest.mark.parametrize("kind", ["llama", "llama, tied", "qwen2", "gpt2"])
 def test_a_file_computes_what_transformers_makes_of_it(

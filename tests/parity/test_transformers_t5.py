@@ -87,6 +87,7 @@ def their_logits(model: Any, sources_BS: np.ndarray, inputs_BT: np.ndarray) -> n
     return logits_BTV
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_and_losses_are_those_of_transformers(name: str, folders: Any) -> None:
     folder, tokens_BT1 = folders(name, 2), records()
@@ -119,6 +120,7 @@ def test_logits_and_losses_are_those_of_transformers(name: str, folders: Any) ->
         np.testing.assert_array_equal(seen.correct_BT, right_BT)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_answers_are_those_of_transformers(
@@ -139,6 +141,7 @@ def test_greedy_answers_are_those_of_transformers(
     assert len({tuple(answer) for answer in tokens}) > 1, "the prompts do not matter"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 def test_no_bit_changes_on_the_way_here_and_back(
     name: str, folders: Any, tmp_path: pathlib.Path
