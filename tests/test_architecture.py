@@ -167,7 +167,6 @@ def test_the_configuration_needs_the_standard_library_alone() -> None:
     assert (done.stdout.strip(), done.stderr) == ("", "")
 
 
-@pytest.mark.thorough
 def test_files_and_functions_are_short() -> None:
     problems = []
     for path in python_files():

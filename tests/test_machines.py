@@ -99,7 +99,7 @@ def test_ray_is_not_shown_the_folder_of_the_token_when_it_looks_for_logs(
 @pytest.mark.parametrize(
     ("raised", "becomes", "told"),
     [
-        (ConnectionError("nobody there"), UserError, "can be started here: nobody there"),
+        (ConnectionError("nobody there"), UserError, "Ray did not start: nobody there"),
         (Exception("The current node timed out"), Exception, "The current node timed out"),
     ],
 )
@@ -116,8 +116,18 @@ def test_a_ray_that_does_not_start_leaves_nothing_behind_and_says_where_to_look(
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(becomes, match=told) as caught:
         RayCluster().__enter__()
-    assert becomes is UserError or "session_latest/logs" in caught.value.__notes__[0]
+    said = [str(caught.value), *getattr(caught.value, "__notes__", [])]
+    assert "session_latest/logs" in said[-1]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_cluster_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**_: object) -> None:
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setattr("ray.init", fails)
+    with pytest.raises(UserError, match="no Ray cluster answers at 10.0.0.1:6379: nobody there"):
+        RayCluster("10.0.0.1:6379").__enter__()
 
 
 def test_hosts_elsewhere_cannot_join_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:

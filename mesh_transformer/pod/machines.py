@@ -42,8 +42,9 @@ _SETTINGS = {
     "event_stats": False,
 }
 
+_REFUSED = (ConnectionError, ray.exceptions.RayError)
 _WHERE_RAY_TELLS = (
-    "Ray did not start. What its processes said is in session_latest/logs of its folder, /tmp/ray "
+    "What its processes said is in session_latest/logs of its folder, /tmp/ray "
     "unless RAY_TMPDIR is set; if they were slow or out of memory, run the same command again"
 )
 
@@ -134,40 +135,43 @@ class RayCluster:
             UserError: There is no such cluster.
         """
         self._on_sigterm = signal.getsignal(signal.SIGTERM)
-        if self._address is None:
-            _keep_token(self._token)
         with contextlib.ExitStack() as undone:
             undone.callback(self.__exit__)
-            try:
-                self._connect()
-            except (ConnectionError, ray.exceptions.RayError) as error:
-                what = f"answers at {self._address}" if self._address else "can be started here"
-                raise UserError(f"no Ray cluster {what}: {error}") from error
-            except Exception as error:
-                if self._address is None:
-                    error.add_note(_WHERE_RAY_TELLS)
-                raise
+            if self._address is None:
+                self._start()
+            else:
+                self._join(self._address)
             undone.pop_all()
         signal.signal(signal.SIGTERM, _end)  # Ray's own handler exits with another status
         return self
 
-    def _connect(self) -> None:
-        if self._address is not None:
-            ray.init(address=self._address, logging_level=logging.ERROR)
-            return
+    def _start(self) -> None:
+        _keep_token(self._token)
         # Ray would show all that libtpu logs, thousands of lines: it is to look where nothing is.
         # That is not the folder of the token, since Ray reads the files that it finds.
         empty = _private_folder() / "empty"
         empty.mkdir(exist_ok=True)
         os.environ["TPU_LOG_DIR"] = str(empty)
-        ray.init(
-            address="local",
-            _node_ip_address=self._here,
-            _system_config=_SETTINGS,
-            num_cpus=0,  # no workers are kept for tasks, of which there are none
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-        )
+        try:
+            ray.init(
+                address="local",
+                _node_ip_address=self._here,
+                _system_config=_SETTINGS,
+                num_cpus=0,  # no workers are kept for tasks, of which there are none
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+            )
+        except _REFUSED as error:
+            raise UserError(f"Ray did not start: {error}. {_WHERE_RAY_TELLS}") from error
+        except Exception as error:  # Exception itself is what Ray raises where a process is late
+            error.add_note(f"Ray did not start. {_WHERE_RAY_TELLS}")
+            raise
+
+    def _join(self, address: str) -> None:
+        try:
+            ray.init(address=address, logging_level=logging.ERROR)
+        except _REFUSED as error:
+            raise UserError(f"no Ray cluster answers at {address}: {error}") from error
 
     def __exit__(self, *_: object) -> None:
         ray.shutdown()
