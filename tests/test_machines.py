@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import stat
 from pathlib import Path
 
@@ -121,13 +122,23 @@ def test_a_ray_that_does_not_start_leaves_nothing_behind_and_says_where_to_look(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_cluster_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("there", [True, False])
+def test_a_cluster_that_does_not_answer_is_named_without_delay(
+    monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
     def fails(**_: object) -> None:
-        raise ConnectionError("nobody there")
+        assert there, "Ray is not to be asked: it would try for a quarter of an hour"
+        raise ConnectionError("no head of Ray")
 
     monkeypatch.setattr("ray.init", fails)
-    with pytest.raises(UserError, match="no Ray cluster answers at 10.0.0.1:6379: nobody there"):
-        RayCluster("10.0.0.1:6379").__enter__()
+    monkeypatch.setenv("RAY_gcs_server_port_wait_time_s", "1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        if not there:
+            server.close()
+        why = "no head of Ray" if there else "refused"
+        with pytest.raises(UserError, match=f"no Ray cluster answers at {address}: .*{why}; --add"):
+            RayCluster(address).__enter__()
 
 
 def test_hosts_elsewhere_cannot_join_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import os
 import pathlib
 import secrets
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -42,7 +43,7 @@ _SETTINGS = {
     "event_stats": False,
 }
 
-_REFUSED = (ConnectionError, ray.exceptions.RayError)
+_SECONDS_TO_ANSWER = 10
 _WHERE_RAY_TELLS = (
     "What its processes said is in session_latest/logs of its folder, /tmp/ray "
     "unless RAY_TMPDIR is set; if they were slow or out of memory, run the same command again"
@@ -161,17 +162,25 @@ class RayCluster:
                 include_dashboard=False,
                 logging_level=logging.ERROR,
             )
-        except _REFUSED as error:
+        except (ConnectionError, ray.exceptions.RayError) as error:
             raise UserError(f"Ray did not start: {error}. {_WHERE_RAY_TELLS}") from error
         except Exception as error:  # Exception itself is what Ray raises where a process is late
             error.add_note(f"Ray did not start. {_WHERE_RAY_TELLS}")
             raise
 
     def _join(self, address: str) -> None:
+        # Ray tries 20 times for 40 seconds each, and tells nobody.
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
+        host, _, port = address.rpartition(":")
         try:
+            if port.isdigit():
+                socket.create_connection((host, int(port)), _SECONDS_TO_ANSWER).close()
             ray.init(address=address, logging_level=logging.ERROR)
-        except _REFUSED as error:
-            raise UserError(f"no Ray cluster answers at {address}: {error}") from error
+        except (OSError, ray.exceptions.RayError) as error:
+            raise UserError(
+                f"no Ray cluster answers at {address}: {error}; --address is what `ray start "
+                "--head` printed on the first machine, port included, and has to be reachable here"
+            ) from error
 
     def __exit__(self, *_: object) -> None:
         ray.shutdown()
