@@ -66,7 +66,6 @@ def computed(name: str) -> tuple[TokenLoss, Any]:
     return jax.device_get((seen, gradient))
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("name", RUNS)
 def test_every_token_has_the_loss_that_the_original_gave_it(name: str) -> None:
     seen, _ = computed(name)

@@ -15,7 +15,8 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Mapping, Sequence
+import urllib.parse
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Self
 
 import ray
@@ -45,7 +46,7 @@ _SETTINGS = {
 
 _SECONDS_TO_ANSWER = 10
 _WHERE_RAY_TELLS = (
-    "What its processes said is in session_latest/logs of its folder, /tmp/ray "
+    "Ray did not start. What its processes said is in session_latest/logs of its folder, /tmp/ray "
     "unless RAY_TMPDIR is set; if they were slow or out of memory, run the same command again"
 )
 
@@ -133,7 +134,7 @@ class RayCluster:
         """Connect.
 
         Raises:
-            UserError: There is no such cluster.
+            UserError: The cluster at the given address cannot be joined.
         """
         self._on_sigterm = signal.getsignal(signal.SIGTERM)
         with contextlib.ExitStack() as undone:
@@ -162,24 +163,21 @@ class RayCluster:
                 include_dashboard=False,
                 logging_level=logging.ERROR,
             )
-        except (ConnectionError, ray.exceptions.RayError) as error:
-            raise UserError(f"Ray did not start: {error}. {_WHERE_RAY_TELLS}") from error
-        except Exception as error:  # Exception itself is what Ray raises where a process is late
-            error.add_note(f"Ray did not start. {_WHERE_RAY_TELLS}")
+        except Exception as error:
+            error.add_note(_WHERE_RAY_TELLS)
             raise
 
     def _join(self, address: str) -> None:
-        # Ray tries 20 times for 40 seconds each, and tells nobody.
-        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
-        host, _, port = address.rpartition(":")
         try:
-            if port.isdigit():
-                socket.create_connection((host, int(port)), _SECONDS_TO_ANSWER).close()
-            ray.init(address=address, logging_level=logging.ERROR)
-        except (OSError, ray.exceptions.RayError) as error:
+            if address != "auto":
+                socket.create_connection(_host_and_port(address), _SECONDS_TO_ANSWER).close()
+            with _one_try():
+                ray.init(address=address, logging_level=logging.ERROR)
+        except (ValueError, OSError, ray.exceptions.RayError) as error:
             raise UserError(
-                f"no Ray cluster answers at {address}: {error}; --address is what `ray start "
-                "--head` printed on the first machine, port included, and has to be reachable here"
+                f"cannot join the Ray cluster {address}: {error}; --address is host:port as `ray "
+                "start --head` printed it on the first machine, and this machine has to be part of "
+                "that cluster and have its token"
             ) from error
 
     def __exit__(self, *_: object) -> None:
@@ -239,7 +237,7 @@ class Pod:
         """Connect to the cluster, or begin it.
 
         Raises:
-            UserError: There is no such cluster.
+            UserError: The cluster at the given address cannot be joined.
         """
         self._cluster.__enter__()
         self._n_machines = len(self._machines())
@@ -292,6 +290,27 @@ class Pod:
 def _end(number: int, _: types.FrameType | None) -> None:
     """End as a process does that a signal kills, but leave `with` blocks first."""
     sys.exit(128 + number)
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    """Take an address apart; ValueError if it is none."""
+    place = urllib.parse.urlsplit(f"//{address}")
+    if not place.hostname or not place.port:
+        raise ValueError("a host or a port is missing")
+    return place.hostname, place.port
+
+
+@contextlib.contextmanager
+def _one_try() -> Iterator[None]:
+    """Let Ray try once to reach a head, for 40 seconds; it would 20 times, and tell nobody."""
+    name = "RAY_gcs_server_port_wait_time_s"
+    before = os.environ.get(name)
+    os.environ[name] = before or "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
 
 
 def _keep_token(token: str | None) -> None:
