@@ -19,7 +19,7 @@ HEADER = """\
 OLD_MARKER = "python_version < '3.12'"
 NEW_MARKER = "python_version >= '3.12'"
 # The installer's own packages are not ours to pin.
-UNPINNED = {"mesh-transformer", "pip", "setuptools", "wheel"}
+UNPINNED = {"mesh-transformer", "pip", "wheel"}
 
 
 def installed(python: str) -> dict[str, str]:
